@@ -1,0 +1,760 @@
+"""Classify pictures, folders of pictures, videos or a camera with a converted network.
+
+Nothing but cv2 and NumPy is needed, so this file can be copied anywhere by itself:
+
+    python classification.py --input resnet50.onnx cat.jpg
+    python classification.py --model resnet50.onnx --input cat.jpg --top_k 5
+    python classification.py --input resnet50.onnx 0                # camera 0
+
+Without --scale, --mean and --std, pictures are prepared as torchvision's ImageNet networks
+expect them. With one of these, what is left out is what it is in OpenCV's samples: scale 1,
+mean 0 0 0, no std, no crop, BGR, no initial resize.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+# What torchvision's ImageNet networks expect. This file travels alone, so the numbers stand
+# here as well as in default_preprocess_config.py; a test holds the two together.
+TORCHVISION_PREPROCESSING = {
+    "scale": 1 / 255,
+    "mean": [123.675, 116.28, 103.53],
+    "std": [0.229, 0.224, 0.225],
+    "crop": True,
+    "rgb": True,
+    "initial_width": 256,
+    "initial_height": 256,
+}
+# What OpenCV's samples do where an option is left out.
+PLAIN_PREPROCESSING = {
+    "scale": 1.0,
+    "mean": [0.0, 0.0, 0.0],
+    "std": [],
+    "crop": False,
+    "rgb": False,
+    "initial_width": None,
+    "initial_height": None,
+}
+FRAME_SIZE = 224
+
+# Beside this file in the project it comes from; elsewhere they are missing and not needed.
+BUNDLED_DATA = Path(__file__).resolve().parent / "test_data" / "cls"
+BUNDLED_PICTURE = BUNDLED_DATA / "red_panda.jpg"
+BUNDLED_LABELS = BUNDLED_DATA / "imagenet_classes.txt"
+
+RESULTS_DIR = "results"
+# A model file whose name ends so holds random weights: its answers are marked as worthless.
+RANDOM_SUFFIX = "-random"
+
+WINDOW = "Classification with OpenCV DNN"
+MIN_RESULT_WIDTH = 320  # px: narrower pictures are enlarged, there is no room for text on them
+MAX_WINDOW_SIZE = (1280, 720)  # px
+
+# The names that OpenCV's samples give to the constants of cv2.dnn.
+ENGINES = {"auto": "ENGINE_AUTO", "new": "ENGINE_NEW", "classic": "ENGINE_CLASSIC"}
+BACKENDS = {
+    "default": "DNN_BACKEND_DEFAULT",
+    "opencv": "DNN_BACKEND_OPENCV",
+    "openvino": "DNN_BACKEND_INFERENCE_ENGINE",
+    "vkcom": "DNN_BACKEND_VKCOM",
+    "cuda": "DNN_BACKEND_CUDA",
+}
+TARGETS = {
+    "cpu": "DNN_TARGET_CPU",
+    "opencl": "DNN_TARGET_OPENCL",
+    "opencl_fp16": "DNN_TARGET_OPENCL_FP16",
+    "ncs2_vpu": "DNN_TARGET_MYRIAD",
+    "hddl_vpu": "DNN_TARGET_HDDL",
+    "vulkan": "DNN_TARGET_VULKAN",
+    "cuda": "DNN_TARGET_CUDA",
+    "cuda_fp16": "DNN_TARGET_CUDA_FP16",
+}
+
+
+class RequestError(Exception):
+    """The request can't be met: the message is the one line that the user reads."""
+
+    exit_code = 2
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line, without the usage above it."""
+
+    def error(self, message):
+        self.exit(RequestError.exit_code, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run(main):
+    """Call `main` and end the process with its exit code; an error is one line on stderr."""
+    script = Path(sys.argv[0]).name
+    try:
+        code = main()
+    except RequestError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{script}: error: {where}{error.strerror or error}", file=sys.stderr)
+        code = RequestError.exit_code
+    except KeyboardInterrupt:
+        print(f"{script}: stopped by Ctrl-C", file=sys.stderr)
+        code = 130  # as shells report it: 128 + SIGINT
+    sys.exit(code)
+
+
+# --- the command line -----------------------------------------------------------------
+
+
+def parse_bool(text):
+    """True or False for what people type; argparse's type=bool would take "False" for True."""
+    value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in value:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+    return value[text.lower()]
+
+
+def finite(text):
+    """float, but neither nan nor inf, which would make every answer nan."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
+    return number
+
+
+def non_zero(text):
+    """A finite number that one can divide by, or scale with and still see something."""
+    number = finite(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError("0 is not possible here")
+    return number
+
+
+def positive_int(text):
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
+def available(names):
+    """The entries of `names` whose constants this version of OpenCV has."""
+    return {name: getattr(cv2.dnn, c) for name, c in names.items() if hasattr(cv2.dnn, c)}
+
+
+def get_parser():
+    parser = OneLineParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="Without --scale, --mean and --std, pictures are prepared as torchvision's ImageNet "
+        "networks expect them: --scale 0.00392 --mean 123.675 116.28 103.53 --std 0.229 0.224 "
+        "0.225 --crop --rgb --initial_width 256 --initial_height 256, each of which can be given "
+        "otherwise. With one of the three, the defaults above hold.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="the converted model (.onnx) and, in any order, the pictures, folders of pictures "
+        "or videos to classify, or the number of a camera; with a model alone, the bundled "
+        "picture is classified",
+    )
+    add("--model", metavar="FILE", help="the converted model, where it isn't among --input")
+    add("--classes", metavar="FILE", help="text file with a class name a line")
+    add("--top_k", type=positive_int, default=1, metavar="K", help="answers a picture (default: 1)")
+    add(
+        "--output",
+        metavar="PATH",
+        help="where the annotated picture or video is saved: a file, or a folder "
+        f"(default: {RESULTS_DIR}/PICTURE_MODEL.jpg; a video that is shown, or a camera, is "
+        "saved only where --output is given)",
+    )
+
+    blob = parser.add_argument_group(
+        "preprocessing",
+        "The parameters of cv2.dnn.blobFromImage, which subtracts before it scales.",
+    )
+    add = blob.add_argument
+    add(
+        "--scale",
+        type=non_zero,
+        metavar="S",
+        help="scalefactor: multiply each value, after the mean is subtracted (default: 1.0)",
+    )
+    add(
+        "--mean",
+        type=finite,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="mean: subtract these from the channels; in the order R G B with --rgb, else B G R "
+        "(default: 0 0 0)",
+    )
+    add(
+        "--std",
+        type=non_zero,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="divide the channels of the finished blob by these (default: no division)",
+    )
+    size = f"(default: {FRAME_SIZE})"
+    add("--width", type=positive_int, metavar="PX", help=f"size: the width of the blob {size}")
+    add("--height", type=positive_int, metavar="PX", help=f"size: the height of the blob {size}")
+    add(
+        "--crop",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        metavar="BOOL",
+        help="crop: keep the aspect ratio, scale until the shorter side fits and cut the centre "
+        "(default: False: stretch to the size)",
+    )
+    add(
+        "--rgb",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        metavar="BOOL",
+        help="swapRB: the network takes RGB, OpenCV reads BGR (default: False)",
+    )
+    add(
+        "--initial_width",
+        type=positive_int,
+        metavar="PX",
+        help="resize the picture to this width before the blob is made (default: no resize)",
+    )
+    add(
+        "--initial_height",
+        type=positive_int,
+        metavar="PX",
+        help="resize the picture to this height before the blob is made (default: no resize)",
+    )
+
+    how = parser.add_argument_group("inference")
+    if available(ENGINES):  # OpenCV 5 has two; OpenCV 4 has one and no name for it
+        how.add_argument(
+            "--engine",
+            choices=list(available(ENGINES)),
+            default="auto",
+            help="OpenCV's inference engine: new is OpenCV 5's own, classic is OpenCV 4's, auto "
+            "tries new first; which is faster depends on the network (default: auto)",
+        )
+    how.add_argument(
+        "--backend",
+        choices=list(available(BACKENDS)),
+        default="default",
+        help="computation backend (default: default)",
+    )
+    how.add_argument(
+        "--target",
+        choices=list(available(TARGETS)),
+        default="cpu",
+        help="computation device (default: cpu)",
+    )
+    return parser
+
+
+def parse_args(argv=None):
+    """The command line with the preprocessing filled in.
+
+    With torchvision's values, unless the pixel values are given; then with those of OpenCV's
+    own sample, so that a command line written for it means the same here.
+    """
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if (args.initial_width is None) != (args.initial_height is None):
+        parser.error("--initial_width and --initial_height go together")
+    own_values = not (args.scale is None and args.mean is None and args.std is None)
+    for name, value in (PLAIN_PREPROCESSING if own_values else TORCHVISION_PREPROCESSING).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.width = args.width or FRAME_SIZE
+    args.height = args.height or FRAME_SIZE
+    return args
+
+
+def describe_preprocessing(args):
+    """The preprocessing in one line, since a wrong one gives wrong answers without an error."""
+
+    def numbers(values):
+        return " ".join(f"{v:g}" for v in values) or "none"
+
+    resize = f"{args.initial_width}x{args.initial_height} -> " if args.initial_width else ""
+    return (
+        f"preprocessing: scale {args.scale:g}, mean {numbers(args.mean)}, "
+        f"std {numbers(args.std)}, rgb {args.rgb}, crop {args.crop}, "
+        f"size {resize}{args.width}x{args.height}"
+    )
+
+
+# --- reading --------------------------------------------------------------------------
+
+
+def split_inputs(inputs, model=None):
+    """Tell the model from what it shall classify: (model, sources)."""
+    models = [item for item in inputs if item.lower().endswith(".onnx")]
+    sources = [item for item in inputs if item not in models]
+    if model is not None:
+        models.append(model)
+    if len(models) != 1:
+        found = "no model" if not models else "more than one model"
+        raise RequestError(f"{found} given: name one .onnx file, --input MODEL.onnx PICTURE")
+    if not sources:
+        if not BUNDLED_PICTURE.is_file():
+            raise RequestError("no picture given: --input MODEL.onnx PICTURE")
+        sources = [str(BUNDLED_PICTURE)]
+    return models[0], sources
+
+
+def expand_sources(sources):
+    """(kind, path) for each source, kind being "picture", "video" or "camera".
+
+    A folder stands for the pictures in it, by name. Kinds are told by content.
+    """
+    found = []
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            pictures = [p for p in sorted(path.iterdir()) if is_picture(p)]
+            if not pictures:
+                raise RequestError(f"{source}: no picture in this folder")
+            found += [("picture", str(p)) for p in pictures]
+        elif source.isdecimal() and not path.exists():
+            found.append(("camera", source))
+        elif not path.is_file():
+            raise RequestError(f"{source}: no such file or folder; give an existing picture")
+        elif path.stat().st_size == 0:
+            raise RequestError(f"{source}: the file is empty; give a picture or a video")
+        elif is_picture(path):
+            found.append(("picture", source))
+        elif cv2.VideoCapture(source).isOpened():
+            found.append(("video", source))
+        else:
+            raise RequestError(f"{source}: neither a picture nor a video that OpenCV can read")
+    return found
+
+
+def is_picture(path):
+    return path.is_file() and cv2.haveImageReader(str(path))
+
+
+def read_picture(path):
+    """The picture at `path` as uint8 BGR, shape (height, width, 3), turned as its EXIF says.
+
+    Raises RequestError where it is missing, empty, cut short or no picture at all.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}; give an existing picture") from None
+    if not data:
+        raise RequestError(f"{path}: the file is empty; give a picture")
+    # libpng reports a file cut short on stderr by itself: ask before it does.
+    cut_png = data.startswith(b"\x89PNG") and b"IEND" not in data
+    try:
+        # imdecode, because imread returns what it has got of a JPEG cut short, grey below.
+        picture = None if cut_png else cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # more than 2**30 pixels, say
+        picture = None
+    if picture is None:
+        raise RequestError(f"{path}: cut short, or no picture that OpenCV can read")
+    return picture
+
+
+def read_labels(path):
+    """The class names, one a line of the file."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise RequestError(f"{path}: {reason}; --classes takes a class name a line") from None
+
+
+def read_net(args, model):
+    """cv2.dnn.Net of an ONNX file, with the engine, backend and target of the command line."""
+    backend = available(BACKENDS)[args.backend]
+    target = available(TARGETS)[args.target]
+    # OpenCV would go on with the CPU and say so only in its log.
+    if target not in cv2.dnn.getAvailableTargets(backend):
+        raise RequestError(
+            f"this OpenCV has no --target {args.target} on --backend {args.backend}; "
+            "leave both out for the CPU"
+        )
+    engine = available(ENGINES).get(getattr(args, "engine", None))
+    if (args.backend, args.target) == ("default", "cpu"):
+        return read_onnx(model, engine)
+    if engine is not None:  # only the classic engine of OpenCV 5.0 knows backends and targets
+        if args.engine == "new":
+            raise RequestError("--engine new runs on the CPU alone: leave out --backend, --target")
+        engine = cv2.dnn.ENGINE_CLASSIC
+    net = read_onnx(model, engine)
+    net.setPreferableBackend(backend)
+    net.setPreferableTarget(target)
+    return net
+
+
+def read_onnx(path, engine=None):
+    """cv2.dnn.Net of an ONNX file; engine: a cv2.dnn.ENGINE_ constant, or None for OpenCV's choice.
+
+    Raises RequestError where the file is missing, cut short or not for OpenCV.
+    """
+    if not Path(path).is_file():
+        raise RequestError(f"{path}: no such file; give a converted model (.onnx)")
+    engines = [] if engine is None else [engine]
+    try:
+        return cv2.dnn.readNetFromONNX(str(path), *engines)
+    except cv2.error as error:
+        raise RequestError(
+            f"{path}: OpenCV {cv2.__version__} can't read this as ONNX, it may be cut short: "
+            + one_line(error)
+        ) from None
+
+
+def one_line(error):
+    """OpenCV's own words of a cv2.error: without file, function and line breaks."""
+    return " ".join((getattr(error, "err", None) or str(error)).split())
+
+
+# --- one picture: blob, forward pass, answer --------------------------------------------
+
+
+def get_blob(picture, args):
+    """float32 blob, shape (1, 3, args.height, args.width), of a BGR picture (height, width, 3).
+
+    (picture - mean) * scale / std. crop=True is OpenCV's: it scales the shorter side to the
+    blob first, so of a square picture nothing is cut.
+    """
+    # float before the resize: rounding to uint8 after it would shift the logits by about 0.01
+    picture = picture.astype(np.float32)
+    if args.initial_width:
+        picture = cv2.resize(picture, (args.initial_width, args.initial_height))
+    blob = cv2.dnn.blobFromImage(
+        picture,
+        scalefactor=args.scale,
+        size=(args.width, args.height),
+        mean=args.mean,  # in RGB order where swapRB is set: OpenCV swaps these as well
+        swapRB=args.rgb,
+        crop=args.crop,
+    )
+    if args.std:
+        blob /= np.asarray(args.std, np.float32).reshape(1, 3, 1, 1)
+    return blob
+
+
+def forward(net, blob):
+    """(logits of shape (classes,), seconds of the forward pass)."""
+    net.setInput(blob)
+    start = time.perf_counter()
+    try:
+        out = net.forward()
+    except cv2.error as error:
+        size = f"{blob.shape[3]}x{blob.shape[2]}"
+        raise RequestError(
+            f"the network can't take a {size} picture; set --width and --height to the size it "
+            "was converted with: " + one_line(error)
+        ) from None
+    seconds = time.perf_counter() - start
+    if out.ndim != 2 or out.shape[0] != 1:
+        raise RequestError(f"not a classifier: its output has shape {out.shape}, not (1, classes)")
+    if not np.isfinite(out).all():
+        raise RequestError("the network answers nan or inf: convert it again")
+    return out[0], seconds
+
+
+def get_answers(logits, labels, top_k):
+    """[(class ID, label, logit)], the highest logit first."""
+    best = np.argsort(-logits, kind="stable")[:top_k]
+    return [(int(i), labels[i] if labels else f"Class #{i}", float(logits[i])) for i in best]
+
+
+def check_labels(labels, classes_file, logits):
+    """`labels`, or the bundled ones where they fit; raises RequestError where the count differs."""
+    if classes_file is None:
+        return labels if labels and len(labels) == len(logits) else None
+    if len(labels) != len(logits):
+        raise RequestError(
+            f"{classes_file}: {len(labels)} lines, but the network has {len(logits)} outputs; "
+            "--classes takes a line for each"
+        )
+    return labels
+
+
+def print_answers(name, answers, seconds):
+    print(f"{name}:")
+    for class_id, label, logit in answers:
+        print(f"* class ID: {class_id}, label: {label}")
+        print(f"* confidence: {logit:.4f}")
+    print(f"* inference time: {seconds * 1000:.1f} ms", flush=True)
+
+
+# --- the annotated picture ----------------------------------------------------------------
+
+
+def annotate(picture, lines):
+    """A copy of `picture` with `lines` of text in its top left corner, wrapped to its width."""
+    height, width = picture.shape[:2]
+    if width < MIN_RESULT_WIDTH:
+        zoom = MIN_RESULT_WIDTH / width
+        picture = cv2.resize(picture, (MIN_RESULT_WIDTH, max(1, round(height * zoom))))
+        height, width = picture.shape[:2]
+
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    text_height = max(12, width // 45)  # px of a capital letter
+    (_, unit_height), _ = cv2.getTextSize("A", font, 10.0, 1)
+    scale = 10.0 * text_height / unit_height
+    thickness = max(1, round(scale * 1.5))
+    margin = text_height // 2
+    step = 2 * text_height
+
+    def text_width(text):
+        return cv2.getTextSize(text, font, scale, thickness)[0][0]
+
+    rows = []
+    for line in lines:
+        rows.append("")
+        for word in line.split():
+            longer = f"{rows[-1]} {word}".strip()
+            if rows[-1] and text_width(longer) > width - 2 * margin:
+                rows.append(word)
+            else:
+                rows[-1] = longer
+
+    box_height = len(rows) * step + margin
+    box_width = min(width, max(map(text_width, rows)) + 2 * margin)
+    below = max(0, box_height - height)  # a flat picture gets a black strip for the text
+    result = cv2.copyMakeBorder(picture, 0, below, 0, 0, cv2.BORDER_CONSTANT)
+    result[:box_height, :box_width] //= 4  # darkened, so that text is legible on any picture
+    for number, row in enumerate(rows):
+        origin = (margin, number * step + margin + text_height)
+        cv2.putText(result, row, origin, font, scale, (0, 255, 0), thickness, cv2.LINE_AA)
+    return result
+
+
+def get_lines(answers, seconds, model):
+    """The lines of text for `annotate`."""
+    lines = [f"{label}: {logit:.4f}" for _, label, logit in answers]
+    lines.append(f"Inference time: {seconds * 1000:.1f} ms")
+    if Path(model).stem.endswith(RANDOM_SUFFIX):
+        lines.append("RANDOM WEIGHTS: this answer means nothing")
+    return lines
+
+
+# --- saving and showing -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yield a temporary path beside `path`, which becomes `path` once the block is done.
+
+    Whatever breaks the block off leaves nothing behind. Folders are made as needed. Raises
+    RequestError where the file can't be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(None, "is a folder")
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise RequestError(f"{path}: can't be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def write_picture(path, picture):
+    """Write `picture` (height, width, 3), in the format of the suffix of `path`."""
+    with whole_file(path) as part:
+        # imencode, because imwrite doesn't say that the disk is full
+        part.write_bytes(cv2.imencode(Path(path).suffix, picture)[1])
+
+
+def get_output_paths(sources, model, output):
+    """Where each annotated source goes; None for what is not saved."""
+    if output and Path(output).suffix and not Path(output).is_dir():
+        if len(sources) > 1:
+            raise RequestError(
+                f"--output {output} is one file for {len(sources)} inputs; name a folder"
+            )
+        if sources[0][0] == "picture" and not cv2.haveImageWriter(output):
+            raise RequestError(
+                f"--output {output}: OpenCV writes no such pictures; try .png or .jpg"
+            )
+        paths = [Path(output)]
+    else:
+        paths = []
+        for kind, source in sources:
+            stem, suffix = Path(source).stem, Path(source).suffix
+            if kind != "picture":
+                suffix = ".mp4"
+            elif not suffix or not cv2.haveImageWriter(source):
+                suffix = ".png"
+            stem = f"camera{source}" if kind == "camera" else stem
+            paths.append(Path(output or RESULTS_DIR) / f"{stem}_{Path(model).stem}{suffix}")
+    for number, path in enumerate(paths):
+        if path in paths[:number]:
+            raise RequestError(f"two results would be saved as {path}; classify them one by one")
+        if path.exists() and any(path.samefile(s) for _, s in sources if Path(s).exists()):
+            raise RequestError(f"--output {path} is an input; name another file")
+    return paths
+
+
+def has_display():
+    """Whether a window can be shown.
+
+    Without a display, opencv-python's Qt doesn't raise: it aborts the whole process (seen with
+    OpenCV 5.0.0, exit 134; https://github.com/opencv/opencv/issues/13682). So a child process
+    tries first. Once cv2.namedWindow raises, a try/except will do.
+    """
+    on_linux = sys.platform.startswith("linux")
+    if on_linux and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return False
+    probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
+    try:
+        return subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def show(picture):
+    """Show `picture` in the window, no larger than the screen is likely to be."""
+    height, width = picture.shape[:2]
+    cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
+    zoom = min(1, MAX_WINDOW_SIZE[0] / width, MAX_WINDOW_SIZE[1] / height)
+    cv2.resizeWindow(WINDOW, max(1, round(width * zoom)), max(1, round(height * zoom)))
+    cv2.imshow(WINDOW, picture)
+
+
+def window_closed(milliseconds):
+    """Wait so long for a key; True where one was pressed or the window was closed."""
+    if cv2.waitKey(milliseconds) >= 0:
+        return True
+    return cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1
+
+
+# --- the two kinds of source ----------------------------------------------------------------
+
+
+def classify_picture(path, ask, output, window):
+    """Classify one picture, print the answer, save the annotated picture, show it."""
+    picture = read_picture(path)
+    answers, seconds, lines = ask(picture)
+    print_answers(path, answers, seconds)
+    result = annotate(picture, lines)
+    write_picture(output, result)
+    print(f"* saved: {output}", flush=True)
+    if window:
+        show(result)
+        # waitKey(0) would see neither Ctrl-C nor a window closed with the mouse
+        while not window_closed(50):
+            pass
+        cv2.destroyAllWindows()
+
+
+def classify_video(kind, source, ask, output, window):
+    """Classify each frame of a video or camera; print each change of the first answer.
+
+    `output` None: nothing is saved. A key, or Ctrl-C, ends it; what is saved until then is whole.
+    """
+    capture = cv2.VideoCapture(int(source) if kind == "camera" else source)
+    read, frame = capture.read()
+    if not read:
+        hint = "is it connected?" if kind == "camera" else "the file may be cut short"
+        raise RequestError(f"{kind} {source}: no frame can be read; {hint}")
+    with whole_file(output) if output else contextlib.nullcontext() as part:
+        writer, last, frames, interrupted = None, None, 0, False
+        start = time.perf_counter()
+        try:
+            while read:
+                answers, seconds, lines = ask(frame)
+                frames += 1
+                if answers[0][0] != last:
+                    last = answers[0][0]
+                    print_answers(f"{source}, frame {frames}", answers, seconds)
+                result = annotate(frame, lines)
+                if part and writer is None:
+                    writer = open_video(part, output, capture, result)
+                if writer is not None:
+                    writer.write(result)
+                if window:
+                    show(result)
+                    if window_closed(1):
+                        break
+                read, frame = capture.read()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            if writer is not None:
+                writer.release()
+            capture.release()
+        if part and not part.is_file():
+            raise RequestError(f"{output}: nothing was written")
+    fps = frames / (time.perf_counter() - start)
+    print(f"{source}: {frames} frames, {fps:.1f} frames per second")
+    if output:
+        print(f"* saved: {output}")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def open_video(part, output, capture, frame):
+    """cv2.VideoWriter of frames like `frame`, at the rate of `capture`."""
+    fourcc = "MJPG" if output.suffix.lower() == ".avi" else "mp4v"
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    rate = rate if 0 < rate <= 1000 else 25  # some cameras and files don't say
+    size = (frame.shape[1], frame.shape[0])
+    writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*fourcc), rate, size)
+    if not writer.isOpened():
+        raise RequestError(f"{output}: OpenCV can't write this video; try a .mp4 in another folder")
+    return writer
+
+
+def main():
+    args = parse_args()
+    if "OPENCV_LOG_LEVEL" not in os.environ:
+        cv2.utils.logging.setLogLevel(
+            cv2.utils.logging.LOG_LEVEL_SILENT
+        )  # what goes wrong is said here, in one line
+    model, sources = split_inputs(args.input, args.model)
+    sources = expand_sources(sources)
+    outputs = get_output_paths(sources, model, args.output)
+    labels = (
+        read_labels(args.classes or BUNDLED_LABELS)
+        if args.classes or BUNDLED_LABELS.is_file()
+        else None
+    )
+    net = read_net(args, model)
+    window = has_display()
+    print(describe_preprocessing(args))
+
+    def ask(picture):
+        """(answers, seconds of the forward pass, lines of text) for a BGR picture."""
+        logits, seconds = forward(net, get_blob(picture, args))
+        fitting = check_labels(labels, args.classes, logits)
+        answers = get_answers(logits, fitting, args.top_k)
+        return answers, seconds, get_lines(answers, seconds, model)
+
+    for (kind, source), output in zip(sources, outputs, strict=True):
+        if kind == "picture":
+            classify_picture(source, ask, output, window)
+        else:
+            keep = args.output or (kind == "video" and not window)
+            classify_video(kind, source, ask, output if keep else None, window)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
