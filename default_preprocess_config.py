@@ -1,0 +1,20 @@
+"""How torchvision's ImageNet networks want their pictures, as options of classification.py.
+
+The numbers are torchvision's, times 255 where they are about pixels: mean (0.485, 0.456, 0.406),
+std (0.229, 0.224, 0.225), https://docs.pytorch.org/vision/stable/models.html
+"""
+
+BASE_IMG_SCALE_FACTOR = 1 / 255
+
+PYTORCH_RSZ_HEIGHT = 256
+PYTORCH_RSZ_WIDTH = 256
+
+pytorch_resize_input_blob = {
+    "mean": ["123.675", "116.28", "103.53"],
+    "scale": str(BASE_IMG_SCALE_FACTOR),
+    "std": ["0.229", "0.224", "0.225"],
+    "crop": "True",
+    "rgb": "True",
+    "rsz_height": str(PYTORCH_RSZ_HEIGHT),
+    "rsz_width": str(PYTORCH_RSZ_WIDTH),
+}

@@ -1,0 +1,61 @@
+"""What py_to_py_cls.py can be told: each field here is also one of its options, of that name."""
+
+import os
+from dataclasses import dataclass, field
+
+# Where things are written, seen from the current folder.
+MODELS_DIR = "models"
+LOGS_DIR = "logs"
+RESULTS_DIR = "results"
+
+# The bundled pictures; a path that starts here is looked for beside the scripts.
+CLS_TEST_DATA_DIR = "test_data/cls"
+# The tutorial's place for ImageNet's pictures: where it is missing, the bundled ones are taken.
+IMAGENET_VAL_DIR = "./ILSVRC2012_img_val"
+
+
+def option(default, help):
+    """A dataclass field that knows its line in --help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TestClsConfig:
+    """The evaluation of both networks over a labelled set of pictures."""
+
+    __test__ = False  # the name is the tutorial's; for pytest this is no test
+
+    batch_size: int = option(50, "pictures in one forward pass")
+    frame_size: int = option(224, "width and height of the network's input, px")
+    img_root_dir: str = option(IMAGENET_VAL_DIR, "folder of the labelled pictures")
+    img_cls_file: str = option("./val.txt", "their labels: lines of 'name class-ID'")
+    bgr_to_rgb: bool = option(True, "the network takes RGB, OpenCV reads BGR")
+
+
+@dataclass
+class TestClsModuleConfig:
+    """Test mode, as the command line of classification.py: hence strings."""
+
+    __test__ = False
+
+    cls_test_data_dir: str = option(CLS_TEST_DATA_DIR, "folder of the test picture and the labels")
+    test_module_name: str = option("classification", "the end of the result's file name")
+    test_module_path: str = option("classification.py", "the script that test mode runs")
+    input_img: str = option(os.path.join(CLS_TEST_DATA_DIR, "red_panda.jpg"), "the test picture")
+    model: str = option("", "a converted network (.onnx) to use in place of converting one")
+    frame_height: str = option(str(TestClsConfig.frame_size), "height of the blob, px")
+    frame_width: str = option(str(TestClsConfig.frame_size), "width of the blob, px")
+    scale: str = option("1.0", "blobFromImage's scalefactor")
+    mean: list[str] = option(
+        ["0.0", "0.0", "0.0"], "blobFromImage's mean, subtracted before scaling"
+    )
+    std: list[str] = option([], "divide the channels of the blob by these")
+    crop: str = option("False", "blobFromImage's crop")
+    rgb: str = option("True", "blobFromImage's swapRB")
+    rsz_height: str = option("", "resize the picture to this height first, px")
+    rsz_width: str = option("", "resize the picture to this width first, px")
+    classes: str = option(
+        os.path.join(CLS_TEST_DATA_DIR, "imagenet_classes.txt"), "file with a class name a line"
+    )
