@@ -1,0 +1,202 @@
+"""What bad input gets: one line on stderr, exit 2, nothing half-written."""
+
+import shutil
+
+import pytest
+from conftest import PICTURES, check_one_line
+
+KOALA = PICTURES / "koala.jpg"
+
+
+def check_nothing_written(folder, *expected):
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert found == set(expected)
+
+
+def cut(source, target, size):
+    target.write_bytes(source.read_bytes()[:size])
+
+
+# --- classification.py --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size, words", [(None, "no such file"), (0, "empty"), (100, "cut short"), (60_000, "cut short")]
+)
+def test_picture(run, model, folder, size, words):
+    if size is not None:
+        cut(KOALA, folder / "koala.jpg", size)
+    result = run("classification.py", "--input", model, "koala.jpg")
+    check_one_line(result, "koala.jpg", words)
+    check_nothing_written(folder, *([] if size is None else ["koala.jpg"]))
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "tif", "gif"])
+def test_picture_of_another_format_cut_short(run, model, folder, suffix):
+    import cv2
+
+    cv2.imwrite(str(folder / f"whole.{suffix}"), cv2.imread(str(KOALA)))
+    whole = folder / f"whole.{suffix}"
+    cut(whole, folder / f"cut.{suffix}", whole.stat().st_size // 2)
+    assert run("classification.py", "--input", model, whole).returncode == 0
+    check_one_line(run("classification.py", "--input", model, f"cut.{suffix}"), f"cut.{suffix}")
+
+
+def test_no_picture_at_all(run, model, folder):
+    (folder / "note.txt").write_text("no picture\n")
+    (folder / "empty").mkdir()
+    check_one_line(run("classification.py", "--input", model, "note.txt"), "note.txt", "neither")
+    check_one_line(run("classification.py", "--input", model, "empty"), "empty", "no picture")
+
+
+@pytest.mark.parametrize("size", [None, 0, 3000, 1_000_000])
+def test_model(run, model, folder, size):
+    if size is not None:
+        cut(model, folder / "net.onnx", size)
+    result = run("classification.py", "--input", "net.onnx", KOALA)
+    check_one_line(result, "net.onnx", "no such file" if size is None else "cut short")
+
+
+def test_no_model_and_two_models(run, model):
+    check_one_line(run("classification.py", "--input", KOALA), "no model")
+    check_one_line(run("classification.py", "--input", model, "b.onnx", KOALA), "more than one")
+
+
+def test_labels(run, model, folder):
+    options = ["--input", model, KOALA, "--classes"]
+    check_one_line(run("classification.py", *options, "nope.txt"), "nope.txt")
+    (folder / "few.txt").write_text("cat\ndog\n")
+    result = run("classification.py", *options, "few.txt")
+    check_one_line(result, "few.txt", "2 lines", "1000 outputs")
+    check_one_line(run("classification.py", *options, KOALA), "not a text file")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--mean 1 2", "--mean"),
+        ("--mean 1 2 3 4", "4"),
+        ("--mean a 2 3", "'a' is not a number"),
+        ("--mean nan 2 3", "'nan' is not a number"),
+        ("--std 1 2", "--std"),
+        ("--std 1 0 1", "0 is not possible"),
+        ("--std 1 x 1", "'x' is not a number"),
+        ("--scale inf", "'inf' is not a number"),
+        ("--width 0", "--width"),
+        ("--initial_width 256", "go together"),
+        ("--crop maybe", "'maybe'"),
+        ("--top_k 0", "--top_k"),
+        ("--engine fast", "--engine"),
+        ("--backend cuda --target cuda", "no --target cuda"),
+        ("--modle x", "--modle"),
+    ],
+)
+def test_options(run, model, options, words):
+    result = run("classification.py", "--model", model, *options.split(), "--input", KOALA)
+    check_one_line(result, words)
+
+
+def test_wrong_size_for_the_network(run, folder, model, resnet18):
+    """A network with a fixed input size."""
+    import torch
+
+    path = folder / "fixed.onnx"
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5)).eval()
+    torch.onnx.export(network, torch.zeros(1, 3, 8, 8), str(path), dynamo=False)
+    result = run("classification.py", "--input", path, KOALA)
+    check_one_line(result, "224x224", "--width")
+    assert (
+        run("classification.py", "--input", path, KOALA, "--width", 8, "--height", 8).returncode
+        == 0
+    )
+
+
+def test_no_camera(run, model):
+    check_one_line(run("classification.py", "--input", model, "0"), "camera 0")
+
+
+def test_output_that_cannot_be_written(run, model, folder):
+    (folder / "results").write_text("a file where the folder should be")
+    check_one_line(run("classification.py", "--input", model, KOALA), "results", "can't be written")
+    check_nothing_written(folder, "results")
+    options = ["--input", model, KOALA, "--output"]
+    check_one_line(run("classification.py", *options, "a.xyz"), "a.xyz")
+    check_one_line(run("classification.py", *options, "/dev/full/a.png"), "/dev/full/a.png")
+
+
+def test_two_results_of_one_name(run, model, folder):
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        shutil.copy(KOALA, folder / name / "koala.jpg")
+    result = run("classification.py", "--input", model, "a/koala.jpg", "b/koala.jpg")
+    check_one_line(result, "results/koala_resnet18.jpg")
+
+
+# --- py_to_py_cls.py: before torch is imported ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, near", [("resnet51", "resnet50"), ("vgg", "vgg19"), ("qqq", "alexnet")]
+)
+def test_unknown_network(run, name, near):
+    check_one_line(run("py_to_py_cls.py", "--model_name", name), name, near)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--model_nmae resnet18", "--model_name"),
+        ("--test perhaps", "'perhaps'"),
+        ("--batch_size 0", "--batch_size"),
+        ("--frame_size 300", "--frame_size 300"),
+        ("--test True --mean 1 2", "--mean"),
+        ("--test True --std 0 1 1", "--std"),
+        ("--test True --crop perhaps", "'perhaps'"),
+        ("--test True --input_img nope.jpg", "nope.jpg"),
+        ("--img_root_dir nope", "nope"),
+        ("--img_root_dir .", "./val.txt"),
+        ("--img_cls_file nope.txt", "ILSVRC2012_img_val"),
+    ],
+)
+def test_request(run, folder, options, words):
+    name = [] if "model_n" in options else ["--model_name", "resnet18"]
+    check_one_line(run("py_to_py_cls.py", *name, *options.split()), words)
+    check_nothing_written(folder)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "no pictures"),
+        ("koala.jpg 105\nbison.jpg\n", "line 2"),
+        ("koala.jpg 105\nbison.jpg many\n", "line 2"),
+        ("koala.jpg -5\n", "line 1"),
+        ("koala.jpg 105\nnope.jpg 1\n", "nope.jpg"),
+    ],
+)
+def test_label_file(run, folder, text, words):
+    (folder / "val.txt").write_text(text)
+    options = ["--model_name", "resnet18", "--img_root_dir", PICTURES]
+    check_one_line(run("py_to_py_cls.py", *options), "val.txt", words)
+    check_nothing_written(folder, "val.txt")
+
+
+# --- py_to_py_cls.py: torch needed -----------------------------------------------------------
+
+
+def test_class_id_out_of_range(run, folder, weights):
+    (folder / "val.txt").write_text("koala.jpg 1000\n")
+    options = ["--model_name", "resnet18", "--img_root_dir", PICTURES, "--weights", weights]
+    check_one_line(run("py_to_py_cls.py", *options), "koala.jpg", "1000", "999")
+    assert not (folder / "logs").exists()
+
+
+def test_folder_that_cannot_be_written(run, folder, weights):
+    (folder / "models").write_text("a file where the folder should be")
+    options = ["--model_name", "resnet18", "--weights", weights, "--evaluate", "False"]
+    check_one_line(run("py_to_py_cls.py", *options), "models")
+
+
+def test_picture_for_the_walk_through(run, folder):
+    check_one_line(run("py_to_py_resnet50.py", "--input_img", "nope.jpg"), "nope.jpg")
+    check_nothing_written(folder)

@@ -1,0 +1,253 @@
+"""classification.py: its answers, what it saves, and that it stands alone."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from conftest import PICTURES, ROOT, check_one_line, read_answer
+
+KOALA = PICTURES / "koala.jpg"
+LABELS = (PICTURES / "imagenet_classes.txt").read_text().splitlines()
+TORCHVISION = "--scale 0.00392156862745098 --mean 123.675 116.28 103.53 --std 0.229 0.224 0.225"
+TORCHVISION += " --crop --rgb --initial_width 256 --initial_height 256"
+
+
+@pytest.mark.parametrize("options", ["", TORCHVISION, TORCHVISION + " --width 224 --height 224"])
+def test_answer_is_pytorchs(run, model, torchvision_logits, options):
+    expected = torchvision_logits(KOALA, centre_crop=False)
+    result = run("classification.py", "--input", KOALA, model, *options.split())
+    assert result.returncode == 0, result.stderr
+    class_id, confidence = read_answer(result.stdout)
+    assert class_id == expected.argmax()
+    assert confidence == pytest.approx(expected.max(), abs=1e-4)
+    assert f"class ID: {class_id}, label: {LABELS[class_id]}" in result.stdout
+
+
+def test_engines_agree(run, model):
+    answers = [
+        read_answer(run("classification.py", "--input", model, KOALA, "--engine", engine).stdout)
+        for engine in ("auto", "new", "classic")
+    ]
+    assert answers[0][0] == answers[1][0] == answers[2][0]
+    assert answers[1][1] == pytest.approx(answers[2][1], abs=1e-4)
+
+
+def test_opencv_sample_defaults_where_pixel_values_are_given(run, model, resnet18):
+    """--mean alone: scale 1, BGR, no crop, as in OpenCV's sample."""
+    import torch
+
+    bgr = cv2.resize(cv2.imread(str(KOALA)).astype(np.float32), (224, 224)) - [104, 117, 123]
+    with torch.no_grad():
+        tensor = torch.from_numpy(bgr.astype(np.float32)).permute(2, 0, 1)[None]
+        expected = resnet18(tensor)[0].numpy()
+    options = ["--model", model, "--input", KOALA, "--mean", "104", "117", "123"]
+    class_id, confidence = read_answer(run("classification.py", *options).stdout)
+    assert class_id == expected.argmax()
+    assert confidence == pytest.approx(expected.max(), rel=1e-4)
+
+
+@pytest.mark.parametrize("no", ["False", "false", "no", "0"])
+def test_crop_false_means_false(run, model, no):
+    """A portrait that is stretched or cropped gives other logits."""
+    options = ["--input", model, KOALA, "--initial_width", "600", "--initial_height", "800"]
+    cropped = [run("classification.py", *options, "--crop", *v) for v in ([], ["True"])]
+    stretched = run("classification.py", *options, "--crop", no)
+    assert read_answer(cropped[0].stdout) == read_answer(cropped[1].stdout)
+    assert read_answer(stretched.stdout) != read_answer(cropped[0].stdout)
+
+
+def test_rgb_bare_and_with_a_value(run, model):
+    answers = [
+        read_answer(run("classification.py", "--input", model, KOALA, "--rgb", *value).stdout)
+        for value in ([], ["True"], ["False"])
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_top_k_is_sorted(run, model, torchvision_logits):
+    expected = np.argsort(-torchvision_logits(KOALA, centre_crop=False))[:3]
+    result = run("classification.py", "--input", model, KOALA, "--top_k", "3")
+    ids = [line.split()[3] for line in result.stdout.splitlines() if "class ID" in line]
+    assert ids == [f"{i}," for i in expected]
+
+
+def test_model_alone_classifies_the_bundled_picture(run, model, folder):
+    result = run("classification.py", "--input", model)
+    assert result.returncode == 0
+    assert (folder / "results" / "red_panda_resnet18.jpg").is_file()
+
+
+def test_folder_and_several_pictures(run, model, folder):
+    result = run("classification.py", "--input", PICTURES, model)
+    assert result.returncode == 0
+    pictures = sorted(PICTURES.glob("*.jpg"))
+    assert result.stdout.count("* class ID") == len(pictures) == 12
+    for picture in pictures:
+        saved = cv2.imread(str(folder / "results" / f"{picture.stem}_resnet18.jpg"))
+        assert saved.shape[1] >= 320
+
+
+@pytest.mark.parametrize("width", [60, 200, 800, 4000])
+def test_text_is_legible_in_the_corner(run, model, folder, width):
+    """Green text on a dark box in the top left corner, no smaller than 1/50 of the width."""
+    original = cv2.resize(cv2.imread(str(KOALA)), (width, width * 4 // 3))
+    cv2.imwrite(str(folder / "koala.png"), original)
+    assert run("classification.py", "--input", model, "koala.png").returncode == 0
+    result = cv2.imread(str(folder / "results" / "koala_resnet18.png")).astype(int)
+    blue, green, red = result.transpose(2, 0, 1)
+    text = (green > 200) & (blue < 100) & (red < 100)
+    rows, columns = np.nonzero(text)
+    assert len(rows) > 100
+    assert rows.max() < result.shape[0] / 2
+    assert columns.min() < result.shape[1] / 20
+    filled = text.any(axis=1)
+    first_row_height = np.argmin(filled[rows.min() :])
+    assert first_row_height >= max(10, result.shape[1] / 50)
+    # the rest of the picture is untouched
+    scaled = cv2.resize(original, (result.shape[1], result.shape[0])).astype(int)
+    assert np.abs(result[-50:] - scaled[-50:]).max() <= 1
+
+
+def test_flat_picture_gets_room_for_the_text(run, model, folder):
+    cv2.imwrite(str(folder / "flat.png"), np.full((1, 500, 3), 200, np.uint8))
+    assert run("classification.py", "--input", model, "flat.png").returncode == 0
+    result = cv2.imread(str(folder / "results" / "flat_resnet18.png"))
+    assert result.shape[0] > 30 and result.shape[1] == 500
+
+
+def test_random_weights_are_told_by_the_name(run, model, folder):
+    shutil.copy(model, folder / "net-random.onnx")
+    run("classification.py", "--input", "net-random.onnx", KOALA)
+    run("classification.py", "--input", model, KOALA)
+    marked = cv2.imread(str(folder / "results" / "koala_net-random.jpg")).astype(int)
+    plain = cv2.imread(str(folder / "results" / "koala_resnet18.jpg")).astype(int)
+    assert (np.abs(marked - plain) > 60).sum() > 500
+
+
+def test_output_file_and_folder(run, model, folder):
+    assert run("classification.py", "--input", model, KOALA, "--output", "a/b.png").returncode == 0
+    assert (folder / "a" / "b.png").read_bytes().startswith(b"\x89PNG")
+    assert run("classification.py", "--input", model, KOALA, "--output", "c").returncode == 0
+    assert (folder / "c" / "koala_resnet18.jpg").is_file()
+
+
+def test_no_input_is_overwritten(run, model, folder):
+    shutil.copy(KOALA, folder / "koala.jpg")
+    result = run("classification.py", "--input", model, "koala.jpg", "--output", "koala.jpg")
+    check_one_line(result, "koala.jpg", "input")
+    assert (folder / "koala.jpg").read_bytes() == KOALA.read_bytes()
+
+
+def test_alone_in_an_empty_folder(folder, env, model, torchvision_logits):
+    """The script, a model and a picture; -I -S would hide cv2, so the imports are looked at."""
+    for file in (ROOT / "classification.py", model, KOALA):
+        shutil.copy(file, folder)
+    command = [sys.executable, "-X", "importtime", "classification.py"]
+    command += ["--input", "resnet18.onnx", "koala.jpg"]
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    expected = torchvision_logits(KOALA, centre_crop=False).argmax()
+    assert f"* class ID: {expected}, label: Class #{expected}" in result.stdout
+    imported = {
+        line.rpartition("|")[2].strip().split(".")[0] for line in result.stderr.splitlines()
+    }
+    assert "cv2" in imported
+    assert not imported & {"torch", "torchvision", "onnx", "matplotlib", "common", "test_config"}
+    left = sorted(p.name for p in folder.iterdir() if p.name != "__pycache__")
+    assert left == ["classification.py", "koala.jpg", "resnet18.onnx", "results"]
+
+
+def test_video_is_annotated_frame_by_frame(run, model, folder):
+    frames = [
+        cv2.resize(cv2.imread(str(PICTURES / n)), (640, 480)) for n in ("koala.jpg", "bison.jpg")
+    ]
+    fourcc = cv2.VideoWriter_fourcc(*"mp4v")
+    writer = cv2.VideoWriter(str(folder / "in.mp4"), fourcc, 10, (640, 480))
+    for frame in frames * 3:
+        writer.write(frame)
+    writer.release()
+    result = run("classification.py", "--input", "in.mp4", model)
+    assert result.returncode == 0, result.stderr
+    assert "6 frames" in result.stdout
+    capture = cv2.VideoCapture(str(folder / "results" / "in_resnet18.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == 10
+    saved = []
+    while (got := capture.read())[0]:
+        saved.append(got[1])
+    assert len(saved) == 6
+    # dark box in the corner, the picture itself below
+    assert saved[0][:20, :20].mean() < frames[0][:20, :20].mean() / 2
+    assert np.abs(saved[0][-100:].astype(int) - frames[0][-100:]).mean() < 15
+
+
+@pytest.mark.parametrize("display", ["", ":77"])
+def test_without_a_display_the_result_is_saved(run, model, folder, display):
+    """Unset, and set to a server that isn't there: Qt would abort the process at both."""
+    result = run("classification.py", "--input", model, KOALA, DISPLAY=display)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert "* saved: results/koala_resnet18.jpg" in result.stdout
+    assert (folder / "results" / "koala_resnet18.jpg").is_file()
+
+
+@pytest.fixture
+def display():
+    """A virtual display; skipped where there is none, but never in CI."""
+    if not (shutil.which("Xvfb") and shutil.which("xdotool")):
+        if os.environ.get("CI"):
+            pytest.fail("CI needs Xvfb and xdotool")
+        pytest.skip("needs Xvfb and xdotool")
+    read_end, write_end = os.pipe()
+    command = ["Xvfb", "-displayfd", str(write_end), "-screen", "0", "1600x1000x24"]
+    server = subprocess.Popen(command, pass_fds=[write_end], stderr=subprocess.DEVNULL)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        yield f":{pipe.readline().strip()}"
+    server.terminate()
+    server.wait()
+
+
+def test_window_is_closed_by_any_key(folder, env, model, display):
+    command = [sys.executable, str(ROOT / "classification.py"), "--input", str(model), str(KOALA)]
+    env = env | {"DISPLAY": display}
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+    search = [
+        "xdotool",
+        "search",
+        "--sync",
+        "--onlyvisible",
+        "--name",
+        "Classification with OpenCV",
+    ]
+    window = subprocess.run(search, env=env, capture_output=True, text=True, timeout=60).stdout
+    # saved before it is shown, and shown until a key is pressed
+    assert (folder / "results" / "koala_resnet18.jpg").is_file()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    key = ["xdotool", "key", "--window", window.split()[0], "space"]
+    subprocess.run(key, env=env, check=True, timeout=60)
+    assert process.wait(timeout=60) == 0
+
+
+def test_ctrl_c_with_a_window(folder, env, model, display):
+    command = [sys.executable, str(ROOT / "classification.py"), "--input", str(model), str(KOALA)]
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env | {"DISPLAY": display},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if "saved" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr and "Ctrl-C" in stderr
