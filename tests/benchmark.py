@@ -1,0 +1,74 @@
+"""How long the scripts take, against the least that could do the same:
+
+    python tests/benchmark.py
+
+classification.py against five lines of cv2 in a process of their own, in turn, as the median of
+the ratios; and py_to_py_cls.py --test True with cached weights, with and without conversion.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torchvision import models
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURE = ROOT / "test_data" / "cls" / "red_panda.jpg"
+RUNS = 15
+
+FIVE_LINES = """
+import sys, cv2, numpy as np
+model, picture = sys.argv[1:]
+std = np.float32([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1)
+image, net = cv2.imread(picture), cv2.dnn.readNetFromONNX(model)
+small, mean = cv2.resize(image.astype(np.float32), (256, 256)), (123.675, 116.28, 103.53)
+net.setInput(cv2.dnn.blobFromImage(small, 1 / 255, (224, 224), mean, True, True) / std)
+answer = str(net.forward().argmax())
+cv2.putText(image, answer, (10, 30), cv2.FONT_HERSHEY_SIMPLEX, 1, (0, 255, 0))
+cv2.imwrite("result.jpg", image)
+"""
+
+
+def seconds(*command):
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def main():
+    os.environ.pop("DISPLAY", None)
+    os.environ.pop("WAYLAND_DISPLAY", None)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        # random weights in the place of the trained ones: they take as long
+        os.environ["TORCH_HOME"] = folder
+        cache = Path("hub", "checkpoints")
+        cache.mkdir(parents=True)
+        url = models.ResNet50_Weights.IMAGENET1K_V1.url
+        torch.save(models.resnet50().state_dict(), cache / Path(url).name)
+
+        test = (ROOT / "py_to_py_cls.py", "--model_name", "resnet50", "--test", "True")
+        first = seconds(*test)
+        again = [seconds(*test) for _ in range(3)]
+        print(f"test mode of resnet50, weights cached:    {first:.1f} s")
+        print(f"test mode of resnet50, converted before:  {statistics.median(again):.1f} s")
+
+        script = (ROOT / "classification.py", "--input", "models/resnet50.onnx", PICTURE)
+        lines = ("-c", FIVE_LINES, "models/resnet50.onnx", PICTURE)
+        seconds(*script), seconds(*lines)
+        pairs = [(seconds(*script), seconds(*lines)) for _ in range(RUNS)]
+        ratio = statistics.median(a / b for a, b in pairs)
+        a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
+        print(f"classification.py, resnet50:              {a:.2f} s")
+        print(f"five lines of cv2:                        {b:.2f} s")
+        print(f"ratio:                                    {ratio:.2f}")
+        os.chdir("/")
+
+
+if __name__ == "__main__":
+    main()
