@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -54,6 +55,7 @@ BUNDLED_LABELS = BUNDLED_DATA / "imagenet_classes.txt"
 RESULTS_DIR = "results"
 # A model file whose name ends so holds random weights: its answers are marked as worthless.
 RANDOM_SUFFIX = "-random"
+RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
 WINDOW = "Classification with OpenCV DNN"
 MIN_RESULT_WIDTH = 320  # px: narrower pictures are enlarged, there is no room for text on them
@@ -326,6 +328,13 @@ def read_labels(path):
         raise RequestError(f"{path}: {reason}; --classes takes a class name a line") from None
 
 
+def get_labels(classes_file):
+    """The class names of --classes, or ImageNet's where the project's files are; else []."""
+    if classes_file is None and not BUNDLED_LABELS.is_file():
+        return []
+    return read_labels(classes_file or BUNDLED_LABELS)
+
+
 def read_net(args, model):
     """cv2.dnn.Net of an ONNX file, with the engine, backend and target of the command line."""
     backend = available(BACKENDS)[args.backend]
@@ -417,37 +426,56 @@ def forward(net, blob):
     return out[0], seconds
 
 
-def get_answers(logits, labels, top_k):
-    """[(class ID, label, logit)], the highest logit first."""
-    best = np.argsort(-logits, kind="stable")[:top_k]
-    return [(int(i), labels[i] if labels else f"Class #{i}", float(logits[i])) for i in best]
+@dataclass
+class Answer:
+    best: list  # (class ID, label, logit), the highest logit first
+    seconds: float  # of the forward pass
+    random: bool  # of a network with random weights
 
 
-def check_labels(labels, classes_file, logits):
-    """`labels`, or the bundled ones where they fit; raises RequestError where the count differs."""
+def get_answer(logits, seconds, labels, args, model):
+    """The args.top_k best classes of logits (classes,)."""
+    best = np.argsort(-logits, kind="stable")[: args.top_k]
+    names = fit_labels(labels, args.classes, len(logits))
+    return Answer(
+        best=[(int(i), names[i] if names else f"Class #{i}", float(logits[i])) for i in best],
+        seconds=seconds,
+        random=Path(model).stem.endswith(RANDOM_SUFFIX),
+    )
+
+
+def fit_labels(labels, classes_file, classes):
+    """`labels` if there is one for each class, None if not; RequestError if they were asked for."""
+    if len(labels) == classes:
+        return labels
     if classes_file is None:
-        return labels if labels and len(labels) == len(logits) else None
-    if len(labels) != len(logits):
-        raise RequestError(
-            f"{classes_file}: {len(labels)} lines, but the network has {len(logits)} outputs; "
-            "--classes takes a line for each"
-        )
-    return labels
+        return None
+    raise RequestError(
+        f"{classes_file}: {len(labels)} lines, but the network has {classes} outputs; "
+        "--classes takes a line for each"
+    )
 
 
-def print_answers(name, answers, seconds):
+def print_answer(name, answer):
     print(f"{name}:")
-    for class_id, label, logit in answers:
+    for class_id, label, logit in answer.best:
         print(f"* class ID: {class_id}, label: {label}")
         print(f"* confidence: {logit:.4f}")
-    print(f"* inference time: {seconds * 1000:.1f} ms", flush=True)
+    if answer.random:
+        print(f"* {RANDOM_WARNING}")
+    print(f"* inference time: {answer.seconds * 1000:.1f} ms", flush=True)
 
 
 # --- the annotated picture ----------------------------------------------------------------
 
 
-def annotate(picture, lines):
-    """A copy of `picture` with `lines` of text in its top left corner, wrapped to its width."""
+def annotate(picture, answer):
+    """A copy of `picture` with the answer in its top left corner, in lines wrapped to its width."""
+    lines = [f"{label}: {logit:.4f}" for _, label, logit in answer.best]
+    lines.append(f"Inference time: {answer.seconds * 1000:.1f} ms")
+    if answer.random:
+        lines.append(RANDOM_WARNING)
+
     height, width = picture.shape[:2]
     if width < MIN_RESULT_WIDTH:
         zoom = MIN_RESULT_WIDTH / width
@@ -483,15 +511,6 @@ def annotate(picture, lines):
         origin = (margin, number * step + margin + text_height)
         cv2.putText(result, row, origin, font, scale, (0, 255, 0), thickness, cv2.LINE_AA)
     return result
-
-
-def get_lines(answers, seconds, model):
-    """The lines of text for `annotate`."""
-    lines = [f"{label}: {logit:.4f}" for _, label, logit in answers]
-    lines.append(f"Inference time: {seconds * 1000:.1f} ms")
-    if Path(model).stem.endswith(RANDOM_SUFFIX):
-        lines.append("RANDOM WEIGHTS: this answer means nothing")
-    return lines
 
 
 # --- saving and showing -------------------------------------------------------------------
@@ -574,11 +593,13 @@ def has_display():
 
 
 def show(picture):
-    """Show `picture` in the window, no larger than the screen is likely to be."""
+    """Show `picture` in the window, made to fit the screen."""
     height, width = picture.shape[:2]
-    cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
     zoom = min(1, MAX_WINDOW_SIZE[0] / width, MAX_WINDOW_SIZE[1] / height)
-    cv2.resizeWindow(WINDOW, max(1, round(width * zoom)), max(1, round(height * zoom)))
+    if zoom < 1:  # a window that scales drops lines of pixels, and the text with them
+        size = (max(1, round(width * zoom)), max(1, round(height * zoom)))
+        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    cv2.namedWindow(WINDOW, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
     cv2.imshow(WINDOW, picture)
 
 
@@ -595,9 +616,9 @@ def window_closed(milliseconds):
 def classify_picture(path, ask, output, window):
     """Classify one picture, print the answer, save the annotated picture, show it."""
     picture = read_picture(path)
-    answers, seconds, lines = ask(picture)
-    print_answers(path, answers, seconds)
-    result = annotate(picture, lines)
+    answer = ask(picture)
+    print_answer(path, answer)
+    result = annotate(picture, answer)
     write_picture(output, result)
     print(f"* saved: {output}", flush=True)
     if window:
@@ -623,12 +644,12 @@ def classify_video(kind, source, ask, output, window):
         start = time.perf_counter()
         try:
             while read:
-                answers, seconds, lines = ask(frame)
+                answer = ask(frame)
                 frames += 1
-                if answers[0][0] != last:
-                    last = answers[0][0]
-                    print_answers(f"{source}, frame {frames}", answers, seconds)
-                result = annotate(frame, lines)
+                if answer.best[0][0] != last:
+                    last = answer.best[0][0]
+                    print_answer(f"{source}, frame {frames}", answer)
+                result = annotate(frame, answer)
                 if part and writer is None:
                     writer = open_video(part, output, capture, result)
                 if writer is not None:
@@ -668,28 +689,20 @@ def open_video(part, output, capture, frame):
 
 def main():
     args = parse_args()
-    if "OPENCV_LOG_LEVEL" not in os.environ:
-        cv2.utils.logging.setLogLevel(
-            cv2.utils.logging.LOG_LEVEL_SILENT
-        )  # what goes wrong is said here, in one line
+    if "OPENCV_LOG_LEVEL" not in os.environ:  # what goes wrong is said here, in one line
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     model, sources = split_inputs(args.input, args.model)
     sources = expand_sources(sources)
     outputs = get_output_paths(sources, model, args.output)
-    labels = (
-        read_labels(args.classes or BUNDLED_LABELS)
-        if args.classes or BUNDLED_LABELS.is_file()
-        else None
-    )
+    labels = get_labels(args.classes)
     net = read_net(args, model)
     window = has_display()
     print(describe_preprocessing(args))
 
     def ask(picture):
-        """(answers, seconds of the forward pass, lines of text) for a BGR picture."""
+        """The network's Answer for a BGR picture."""
         logits, seconds = forward(net, get_blob(picture, args))
-        fitting = check_labels(labels, args.classes, logits)
-        answers = get_answers(logits, fitting, args.top_k)
-        return answers, seconds, get_lines(answers, seconds, model)
+        return get_answer(logits, seconds, labels, args, model)
 
     for (kind, source), output in zip(sources, outputs, strict=True):
         if kind == "picture":

@@ -77,7 +77,7 @@ def load_network(model_name, weights=DEFAULT_WEIGHTS, or_random=True):
     try:
         path = fetch_weights(entry.url)
     except RequestError as error:
-        reason = f"{model_name}'s weights can't be had: {error}"
+        reason = f"{model_name}'s weights can't be downloaded: {error}"
         if not or_random:
             raise RequestError(
                 f"{reason}: put {os.path.basename(entry.url)} into {checkpoints_dir()}, "

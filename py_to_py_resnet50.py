@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import torch
 
-from classification import OneLineParser, read_labels, read_picture, run
+from classification import RANDOM_WARNING, OneLineParser, read_labels, read_picture, run
 from common import (
     DEFAULT_WEIGHTS,
     RANDOM,
@@ -70,7 +70,7 @@ def print_prediction(framework, out, imagenet_labels, origin):
     print(f"* class ID: {class_id}, label: {imagenet_labels[class_id]}")
     print(f"* confidence: {out[0][class_id]:.4f}")
     if origin == RANDOM:
-        print("* RANDOM WEIGHTS: this answer means nothing")
+        print(f"* {RANDOM_WARNING}")
 
 
 def get_opencv_dnn_prediction(opencv_net, preproc_img, imagenet_labels, origin):
