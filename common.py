@@ -47,7 +47,7 @@ class NetworksDisagree(RequestError):
 def find_bundled(path):
     """`path` beside the scripts where that exists, so that they run from any folder."""
     beside = SCRIPT_DIR / path
-    return str(beside) if beside.exists() else str(path)
+    return str(beside) if beside.exists() and Path.cwd() != SCRIPT_DIR else path
 
 
 # --- weights ------------------------------------------------------------------------------
