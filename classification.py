@@ -13,8 +13,8 @@ mean 0 0 0, no std, no crop, BGR, no initial resize.
 
 import argparse
 import contextlib
-import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,9 +55,17 @@ BUNDLED_LABELS = BUNDLED_DATA / "imagenet_classes.txt"
 RESULTS_DIR = "results"
 # A model file whose name ends so holds random weights: its answers are marked as worthless.
 RANDOM_SUFFIX = "-random"
+# The same as ONNX metadata, as protobuf writes it: {"weights": "random"}.
+RANDOM_METADATA = b"\n\x07weights\x12\x06random"
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
 WINDOW = "Classification with OpenCV DNN"
+# The first is taken where a source has none of these itself.
+SUFFIXES = {
+    "picture": (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"),
+    "video": (".mp4", ".avi", ".mkv", ".mov"),
+    "camera": (".mp4", ".avi", ".mkv", ".mov"),
+}
 MIN_RESULT_WIDTH = 320  # px: narrower pictures are enlarged, there is no room for text on them
 MAX_WINDOW_SIZE = (1280, 720)  # px
 
@@ -98,22 +106,27 @@ class OneLineParser(argparse.ArgumentParser):
 def run(main):
     """Call `main` and end the process with its exit code; an error is one line on stderr."""
     script = Path(sys.argv[0]).name
+    # kill ends the process by an exception, so that no half-written file is left
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # of names that the terminal can't show
     try:
-        code = main()
+        sys.exit(main())
     except RequestError as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
-        code = error.exit_code
+        message, code = str(error), error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{script}: error: {where}{error.strerror or error}", file=sys.stderr)
-        code = RequestError.exit_code
+        message, code = f"{where}{error.strerror or error}", RequestError.exit_code
+    except cv2.error as error:
+        message, code = f"OpenCV {cv2.__version__}: {one_line(error)}", RequestError.exit_code
     except KeyboardInterrupt:
         print(f"{script}: stopped by Ctrl-C", file=sys.stderr)
-        code = 130  # as shells report it: 128 + SIGINT
+        sys.exit(130)  # as shells report it: 128 + SIGINT
+    print(f"{script}: error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(code)
 
 
-# --- the command line -----------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def parse_bool(text):
@@ -125,12 +138,12 @@ def parse_bool(text):
 
 
 def finite(text):
-    """float, but neither nan nor inf, which would make every answer nan."""
+    """A number that float32 can hold: neither nan nor inf, which would make every answer nan."""
     try:
         number = float(text)
     except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
+        number = np.nan
+    if not abs(number) <= np.finfo(np.float32).max:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number")
     return number
 
@@ -138,13 +151,13 @@ def finite(text):
 def non_zero(text):
     """A finite number that one can divide by, or scale with and still see something."""
     number = finite(text)
-    if number == 0:
+    if abs(number) < np.finfo(np.float32).tiny:
         raise argparse.ArgumentTypeError("0 is not possible here")
     return number
 
 
 def positive_int(text):
-    if not text.isdecimal() or int(text) == 0:
+    if not (text.isascii() and text.isdecimal() and 0 < len(text) < 10 and int(text)):
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
 
@@ -158,11 +171,8 @@ def available(names):
 # fmt: off
 def get_parser():
     parser = OneLineParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="Without --scale, --mean and --std, pictures are prepared as torchvision's ImageNet "
-        "networks expect them: --scale 0.00392 --mean 123.675 116.28 103.53 --std 0.229 0.224 "
-        "0.225 --crop --rgb --initial_width 256 --initial_height 256, each of which can be given "
-        "otherwise. With one of the three, the defaults above hold.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -170,34 +180,41 @@ def get_parser():
         help="the converted model (.onnx) and, in any order, the pictures, folders of pictures or "
         "videos to classify, or the number of a camera; with a model alone, the bundled picture")
     add("--model", metavar="FILE", help="the converted model, where it isn't among --input")
-    add("--classes", metavar="FILE", help="text file with a class name a line")
-    add("--top_k", type=positive_int, default=1, metavar="K", help="answers a picture (default: 1)")
+    add("--classes", metavar="FILE", help="text file of class names, one per line")
+    add("--top_k", type=positive_int, default=1, metavar="K",
+        help="answers per picture, each with its logit as confidence (default: 1)")
     add("--output", metavar="PATH",
-        help="where the annotated picture or video is saved: a file, or a folder (default: "
-        f"{RESULTS_DIR}/PICTURE_MODEL.jpg; a video that is shown, or a camera, is saved only "
-        "where --output is given)")
+        help="where the annotated picture or video is saved: a file, or without a suffix a folder "
+        f"(default: {RESULTS_DIR}; a video that is shown, or a camera, is saved only where "
+        "--output is given)")
 
     number = {"type": positive_int, "metavar": "PX"}
     yes_no = {"type": parse_bool, "metavar": "BOOL", "nargs": "?", "const": True}
     channels = {"nargs": 3, "metavar": ("R", "G", "B")}
-    add = parser.add_argument_group("preprocessing: the parameters of blobFromImage").add_argument
+    add = parser.add_argument_group(
+        "preprocessing: the parameters of blobFromImage",
+        "Without --scale, --mean and --std, as torchvision's ImageNet networks expect it: --scale "
+        "0.0039216 --mean 123.675 116.28 103.53 --std 0.229 0.224 0.225 --crop --rgb "
+        "--initial_width 256 --initial_height 256. With one of the three, as in OpenCV's samples: "
+        "what is left out is what stands in brackets.",
+    ).add_argument
     add("--scale", type=non_zero, metavar="S",
-        help="scalefactor: multiply each value, after the mean is subtracted (default: 1.0)")
+        help="scalefactor: multiply each value, after the mean is subtracted [1.0]")
     add("--mean", type=finite, **channels,
         help="mean: subtract these from the channels, in the order R G B with --rgb, else B G R "
-        "(default: 0 0 0)")
+        "[0 0 0]")
     add("--std", type=non_zero, **channels,
-        help="divide the channels of the finished blob by these (default: no division)")
+        help="divide the channels of the finished blob by these [no division]")
     add("--width", **number, help=f"size: the width of the blob (default: {FRAME_SIZE})")
     add("--height", **number, help=f"size: the height of the blob (default: {FRAME_SIZE})")
     add("--crop", **yes_no,
         help="crop: keep the aspect ratio, scale until the shorter side fits and cut the centre "
-        "(default: False: stretch to the size)")
-    add("--rgb", **yes_no, help="swapRB: the network takes RGB, OpenCV reads BGR (default: False)")
+        "[False: stretch to the size]")
+    add("--rgb", **yes_no, help="swapRB: the network takes RGB, OpenCV reads BGR [False]")
     add("--initial_width", **number,
-        help="resize the picture to this width before the blob is made (default: no resize)")
+        help="resize the picture to this width before the blob is made [no resize]")
     add("--initial_height", **number,
-        help="resize the picture to this height before the blob is made (default: no resize)")
+        help="resize the picture to this height before the blob is made [no resize]")
 
     add = parser.add_argument_group("inference").add_argument
     if available(ENGINES):  # OpenCV 5 has two; OpenCV 4 has one and no name for it
@@ -245,7 +262,7 @@ def describe_preprocessing(args):
     )
 
 
-# --- reading --------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def split_inputs(inputs, model=None):
@@ -271,7 +288,7 @@ def expand_sources(sources):
     """
     found = []
     for source in sources:
-        path = Path(source)
+        path = Path(check_name(source))
         if path.is_dir():
             pictures = [p for p in sorted(path.iterdir()) if is_picture(p)]
             if not pictures:
@@ -280,7 +297,8 @@ def expand_sources(sources):
         elif source.isdecimal() and not path.exists():
             found.append(("camera", source))
         elif not path.is_file():
-            raise RequestError(f"{source}: no such file or folder; give an existing picture")
+            reason = "no file" if path.exists() else "no such file or folder"
+            raise RequestError(f"{source}: {reason}; give an existing picture")
         elif path.stat().st_size == 0:
             raise RequestError(f"{source}: the file is empty; give a picture or a video")
         elif is_picture(path):
@@ -292,8 +310,18 @@ def expand_sources(sources):
     return found
 
 
+def check_name(name):
+    """The file name; cv2 5.0.0 dies on one that is empty or no UTF-8, so RequestError is raised."""
+    try:
+        if name.encode():
+            return name
+    except UnicodeEncodeError:
+        pass
+    raise RequestError(f"{name!r}: no file name for OpenCV; rename the file")
+
+
 def is_picture(path):
-    return path.is_file() and cv2.haveImageReader(str(path))
+    return path.is_file() and cv2.haveImageReader(check_name(str(path)))
 
 
 def read_picture(path):
@@ -322,10 +350,10 @@ def read_picture(path):
 def read_labels(path):
     """The class names, one a line of the file."""
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise RequestError(f"{path}: {reason}; --classes takes a class name a line") from None
+        raise RequestError(f"{path}: {reason}; --classes takes class names, one per line") from None
 
 
 def get_labels(classes_file):
@@ -363,7 +391,7 @@ def read_onnx(path, engine=None):
 
     Raises RequestError where the file is missing, cut short or not for OpenCV.
     """
-    if not Path(path).is_file():
+    if not Path(check_name(str(path))).is_file():
         raise RequestError(f"{path}: no such file; give a converted model (.onnx)")
     engines = [] if engine is None else [engine]
     try:
@@ -380,7 +408,7 @@ def one_line(error):
     return " ".join((getattr(error, "err", None) or str(error)).split())
 
 
-# --- one picture: blob, forward pass, answer --------------------------------------------
+# --- one picture: blob, forward pass, answer ------------------------------------------------------
 
 
 def get_blob(picture, args):
@@ -408,9 +436,9 @@ def get_blob(picture, args):
 
 def forward(net, blob):
     """(logits of shape (classes,), seconds of the forward pass)."""
-    net.setInput(blob)
     start = time.perf_counter()
     try:
+        net.setInput(blob)
         out = net.forward()
     except cv2.error as error:
         size = f"{blob.shape[3]}x{blob.shape[2]}"
@@ -419,10 +447,13 @@ def forward(net, blob):
             "was converted with: " + one_line(error)
         ) from None
     seconds = time.perf_counter() - start
-    if out.ndim != 2 or out.shape[0] != 1:
-        raise RequestError(f"not a classifier: its output has shape {out.shape}, not (1, classes)")
+    outputs = len(net.getUnconnectedOutLayersNames())
+    if outputs != 1 or out is None or out.ndim != 2 or len(out) != 1 or out.dtype != np.float32:
+        raise RequestError("not a classifier: its output is not one of shape (1, classes), float32")
     if not np.isfinite(out).all():
-        raise RequestError("the network answers nan or inf: convert it again")
+        raise RequestError(
+            "the network answers nan or inf: check --scale, --mean and --std, or convert it again"
+        )
     return out[0], seconds
 
 
@@ -440,8 +471,15 @@ def get_answer(logits, seconds, labels, args, model):
     return Answer(
         best=[(int(i), names[i] if names else f"Class #{i}", float(logits[i])) for i in best],
         seconds=seconds,
-        random=Path(model).stem.endswith(RANDOM_SUFFIX),
+        random=is_random(model),
     )
+
+
+def is_random(model):
+    """Whether the file's name or the metadata at its end say that its weights are random."""
+    with open(model, "rb") as file:
+        file.seek(max(0, os.path.getsize(model) - 4096))
+        return Path(model).stem.endswith(RANDOM_SUFFIX) or RANDOM_METADATA in file.read()
 
 
 def fit_labels(labels, classes_file, classes):
@@ -466,11 +504,14 @@ def print_answer(name, answer):
     print(f"* inference time: {answer.seconds * 1000:.1f} ms", flush=True)
 
 
-# --- the annotated picture ----------------------------------------------------------------
+# --- the annotated picture ------------------------------------------------------------------------
 
 
-def annotate(picture, answer):
-    """A copy of `picture` with the answer in its top left corner, in lines wrapped to its width."""
+def annotate(picture, answer, grow=True):
+    """A copy of `picture` with the answer in its top left corner, in lines wrapped to its width.
+
+    With grow=False, text that a flat picture has no room for is cut off.
+    """
     lines = [f"{label}: {logit:.4f}" for _, label, logit in answer.best]
     lines.append(f"Inference time: {answer.seconds * 1000:.1f} ms")
     if answer.random:
@@ -478,8 +519,10 @@ def annotate(picture, answer):
 
     height, width = picture.shape[:2]
     if width < MIN_RESULT_WIDTH:
-        zoom = MIN_RESULT_WIDTH / width
-        picture = cv2.resize(picture, (MIN_RESULT_WIDTH, max(1, round(height * zoom))))
+        zoom = min(MIN_RESULT_WIDTH / width, max(1, MAX_WINDOW_SIZE[1] / height))
+        picture = cv2.resize(picture, (round(width * zoom), max(1, round(height * zoom))))
+        right = max(0, MIN_RESULT_WIDTH - picture.shape[1])  # of a thin picture
+        picture = cv2.copyMakeBorder(picture, 0, 0, 0, right, cv2.BORDER_CONSTANT)
         height, width = picture.shape[:2]
 
     font = cv2.FONT_HERSHEY_SIMPLEX
@@ -510,10 +553,10 @@ def annotate(picture, answer):
     for number, row in enumerate(rows):
         origin = (margin, number * step + margin + text_height)
         cv2.putText(result, row, origin, font, scale, (0, 255, 0), thickness, cv2.LINE_AA)
-    return result
+    return result if grow else result[:height]
 
 
-# --- saving and showing -------------------------------------------------------------------
+# --- saving and showing ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -528,7 +571,7 @@ def whole_file(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise IsADirectoryError(None, "is a folder")
+            raise IsADirectoryError(None, "it is a folder")
         yield part
         os.replace(part, path)
     except OSError as error:
@@ -542,37 +585,36 @@ def write_picture(path, picture):
     """Write `picture` (height, width, 3), in the format of the suffix of `path`."""
     with whole_file(path) as part:
         # imencode, because imwrite doesn't say that the disk is full
-        part.write_bytes(cv2.imencode(Path(path).suffix, picture)[1])
+        encoded, data = cv2.imencode(Path(path).suffix, picture)
+        if not encoded:
+            raise RequestError(f"{path}: OpenCV can't write this picture so; try --output X.png")
+        part.write_bytes(data)
 
 
 def get_output_paths(sources, model, output):
-    """Where each annotated source goes; None for what is not saved."""
+    """Where each annotated source would go: `output` if it has a suffix, else in that folder."""
     if output and Path(output).suffix and not Path(output).is_dir():
         if len(sources) > 1:
             raise RequestError(
-                f"--output {output} is one file for {len(sources)} inputs; name a folder"
-            )
-        if sources[0][0] == "picture" and not cv2.haveImageWriter(output):
-            raise RequestError(
-                f"--output {output}: OpenCV writes no such pictures; try .png or .jpg"
+                f"--output {output} is a file, for {len(sources)} inputs; name a folder"
             )
         paths = [Path(output)]
     else:
+        folder = Path(output or RESULTS_DIR)
         paths = []
         for kind, source in sources:
-            stem, suffix = Path(source).stem, Path(source).suffix
-            if kind != "picture":
-                suffix = ".mp4"
-            elif not suffix or not cv2.haveImageWriter(source):
-                suffix = ".png"
-            stem = f"camera{source}" if kind == "camera" else stem
-            paths.append(Path(output or RESULTS_DIR) / f"{stem}_{Path(model).stem}{suffix}")
-    for number, path in enumerate(paths):
-        if path in paths[:number]:
+            path = Path(source)
+            suffix = path.suffix if path.suffix.lower() in SUFFIXES[kind] else SUFFIXES[kind][0]
+            stem = f"camera{source}" if kind == "camera" else path.stem
+            paths.append(folder / f"{stem}_{Path(model).stem}{suffix}")
+    for (kind, _), path in zip(sources, paths, strict=True):
+        if path.suffix.lower() not in SUFFIXES[kind]:
+            raise RequestError(f"--output {path}: a {kind} is saved as {' '.join(SUFFIXES[kind])}")
+        if paths.count(path) > 1:
             raise RequestError(f"two results would be saved as {path}; classify them one by one")
         if path.exists() and any(path.samefile(s) for _, s in sources if Path(s).exists()):
             raise RequestError(f"--output {path} is an input; name another file")
-    return paths
+    return [Path(check_name(str(path))) for path in paths]
 
 
 def has_display():
@@ -610,7 +652,7 @@ def window_closed(milliseconds):
     return cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1
 
 
-# --- the two kinds of source ----------------------------------------------------------------
+# --- the two kinds of source ----------------------------------------------------------------------
 
 
 def classify_picture(path, ask, output, window):
@@ -635,6 +677,7 @@ def classify_video(kind, source, ask, output, window):
     `output` None: nothing is saved. A key, or Ctrl-C, ends it; what is saved until then is whole.
     """
     capture = cv2.VideoCapture(int(source) if kind == "camera" else source)
+    capture_frames = capture.get(cv2.CAP_PROP_FRAME_COUNT)
     read, frame = capture.read()
     if not read:
         hint = "is it connected?" if kind == "camera" else "the file may be cut short"
@@ -649,7 +692,7 @@ def classify_video(kind, source, ask, output, window):
                 if answer.best[0][0] != last:
                     last = answer.best[0][0]
                     print_answer(f"{source}, frame {frames}", answer)
-                result = annotate(frame, answer)
+                result = annotate(frame, answer, grow=False)
                 if part and writer is None:
                     writer = open_video(part, output, capture, result)
                 if writer is not None:
@@ -665,10 +708,12 @@ def classify_video(kind, source, ask, output, window):
             if writer is not None:
                 writer.release()
             capture.release()
-        if part and not part.is_file():
-            raise RequestError(f"{output}: nothing was written")
+        # VideoWriter doesn't say that the disk is full
+        if part and cv2.VideoCapture(str(part)).get(cv2.CAP_PROP_FRAME_COUNT) != frames:
+            raise RequestError(f"{output}: can't be written whole; is the disk full?")
     fps = frames / (time.perf_counter() - start)
-    print(f"{source}: {frames} frames, {fps:.1f} frames per second")
+    promised = int(capture_frames) if capture_frames > frames else frames
+    print(f"{source}: {frames} of {promised} frames, {fps:.1f} frames per second")
     if output:
         print(f"* saved: {output}")
     if interrupted:

@@ -9,6 +9,7 @@ import http.client
 import os
 import pickle
 import queue
+import struct
 import sys
 import threading
 import urllib.request
@@ -21,6 +22,19 @@ import numpy as np
 from tqdm import tqdm
 
 from classification import RANDOM_SUFFIX, RequestError, one_line, read_onnx, whole_file
+
+# What torch.load raises for a file that isn't one of its own.
+NO_WEIGHTS = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    pickle.UnpicklingError,
+    struct.error,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+)
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 
@@ -45,12 +59,15 @@ class NetworksDisagree(RequestError):
 
 
 def find_bundled(path):
-    """`path` beside the scripts where that exists, so that they run from any folder."""
+    """`path` beside the scripts where that exists, so that they run from any folder.
+
+    Seen from the scripts' own folder it stays short, since it is printed.
+    """
     beside = SCRIPT_DIR / path
     return str(beside) if beside.exists() and Path.cwd() != SCRIPT_DIR else path
 
 
-# --- weights ------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def load_network(model_name, weights=DEFAULT_WEIGHTS, or_random=True):
@@ -69,7 +86,7 @@ def load_network(model_name, weights=DEFAULT_WEIGHTS, or_random=True):
         if not Path(weights).is_file():
             names = ", ".join(known)
             raise RequestError(
-                f"--weights {weights}: no such file, and no weights of {model_name}, "
+                f"--weights {weights}: no file, and no weights of {model_name}, "
                 f"which are {names}; or '{RANDOM}'"
             )
         return load_state_dict(model_name, weights), weights
@@ -162,18 +179,24 @@ def load_state_dict(model_name, path):
     import torch
     from torchvision import models
 
-    how = "save one with torch.save(model.state_dict(), FILE)"
+    how = "delete it, or save one with torch.save(model.state_dict(), FILE)"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
             # weights_only: a pickle can run any code, and a downloaded file is a stranger's
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+    except NO_WEIGHTS:
         raise RequestError(
             f"{path}: no weights: cut short, another format, or more in it than tensors; {how}"
         ) from None
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and torch.is_tensor(value) and value.device.type == "cpu"
+        for key, value in state.items()
+    ):
         raise RequestError(f"{path}: no state dict; {how}")
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_complex() or not torch.isfinite(value).all():
+            raise RequestError(f"{path}: {key} holds something else than finite numbers; {how}")
     # On "meta" nothing is initialised, which takes longer than reading the weights.
     with torch.device("meta"):
         model = models.get_model(model_name, weights=None)
@@ -205,22 +228,23 @@ def get_random_network(model_name):
     return model.eval()
 
 
-# --- conversion ---------------------------------------------------------------------------
+# --- conversion -----------------------------------------------------------------------------------
 
 
 def get_onnx_path(model_name, origin, models_dir):
-    """Where the converted network is kept: random weights are told by the name."""
+    """Where the converted network is kept: all but the default weights are told by the name."""
+    suffix = RANDOM_SUFFIX if origin == RANDOM else f"-{Path(origin).stem}"
+    return Path(models_dir) / f"{model_name}{'' if origin == DEFAULT_WEIGHTS else suffix}.onnx"
 
-    return Path(models_dir) / f"{model_name}{RANDOM_SUFFIX if origin == RANDOM else ''}.onnx"
 
-
-def convert(model, onnx_path, sample_blob):
+def convert(model, origin, onnx_path, sample_blob):
     """Write `model` to `onnx_path`, unless it is there already; only a verified file gets there.
 
+    origin: where its weights are from; the file says it in its metadata.
     sample_blob: float32, (1, 3, height, width), what both networks are compared on, besides
     noise. Raises NetworksDisagree, and then no file is left.
     """
-    key = get_conversion_key(model, sample_blob.shape)
+    key = get_conversion_key(model, origin, sample_blob.shape)
     if read_conversion_key(onnx_path) == key:
         print(f"{onnx_path}: converted and verified before, with these weights and versions")
         return
@@ -246,22 +270,32 @@ def export_onnx(model, path, blob_shape):
     """
     import torch
 
+    # PyTorch 2.14 prints pages of its graph where an export fails: its switch for that has no
+    # effect, since setup_onnx_logging doesn't call the function it asks.
+    torch._C._jit_onnx_log = lambda *_: None
     with warnings.catch_warnings():
         # DeprecationWarning and UserWarning: what the file is worth is verified after this
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            torch.zeros(1, *blob_shape[1:]),
-            str(path),
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
-            dynamic_axes={INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}},
-            opset_version=OPSET_VERSION,
-            dynamo=False,
-        )
+        try:
+            torch.onnx.export(
+                model,
+                torch.zeros(1, *blob_shape[1:]),
+                str(path),
+                input_names=[INPUT_NAME],
+                output_names=[OUTPUT_NAME],
+                dynamic_axes={INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}},
+                opset_version=OPSET_VERSION,
+                dynamo=False,
+            )
+        except RuntimeError as error:
+            height, width = blob_shape[2:]
+            raise RequestError(
+                f"PyTorch can't export the network for {width}x{height} pictures "
+                f"({str(error).split('. ')[0][:120]}); try 224x224"
+            ) from None
 
 
-def get_conversion_key(model, blob_shape):
+def get_conversion_key(model, origin, blob_shape):
     """What a converted file depends on, as the metadata it carries: {name: text}."""
     import torch
 
@@ -270,6 +304,7 @@ def get_conversion_key(model, blob_shape):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.contiguous().numpy())
     return {
+        "weights": os.path.basename(origin),
         "weights_sha256": digest.hexdigest(),
         "input": "x".join(map(str, blob_shape[1:])),
         "opset": str(OPSET_VERSION),
@@ -297,7 +332,7 @@ def read_conversion_key(path):
         return {}
 
 
-# --- the same answer? -----------------------------------------------------------------------
+# --- the same answer? -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -338,13 +373,16 @@ def compare(reference, output):
     )
 
 
-def run_pytorch(model, blob):
+def run_pytorch(model, blob, memory_format=None):
     """PyTorch's logits, (batch, classes), for a float32 blob (batch, 3, height, width)."""
     import torch
 
     with torch.inference_mode():
         try:
-            return model(torch.from_numpy(blob)).numpy()
+            batch = torch.from_numpy(blob)
+            if memory_format is not None:
+                batch = batch.contiguous(memory_format=memory_format)
+            return model(batch).numpy()
         except RuntimeError as error:
             height, width = blob.shape[2:]
             raise RequestError(f"the network takes no {width}x{height} picture: {error}") from None
@@ -364,14 +402,21 @@ def run_opencv(net, blob):
 def verify(model, net, sample_blob):
     """Compare both networks on the sample and on a seeded batch of two; print how they differ.
 
-    Raises NetworksDisagree over MAX_RELATIVE_ERROR, with the figures.
+    Raises NetworksDisagree over MAX_RELATIVE_ERROR, with the figures, and RequestError where
+    PyTorch's outputs are no evidence.
     """
     noise = np.random.default_rng(SEED).standard_normal((2, *sample_blob.shape[1:]))
     for name, blob in {
         "the picture": sample_blob,
         "a batch of 2": noise.astype(np.float32),
     }.items():
-        difference = compare(run_pytorch(model, blob), run_opencv(net, blob))
+        reference = run_pytorch(model, blob)
+        if not np.isfinite(reference).all() or np.ptp(reference) == 0:
+            raise RequestError(
+                f"on {name} PyTorch's own outputs are nan, inf or all alike, and prove nothing: "
+                "check the weights and the preprocessing"
+            )
+        difference = compare(reference, run_opencv(net, blob))
         print(f"PyTorch against OpenCV {cv2.__version__} on {name}: {difference}", flush=True)
         if not difference.agree:
             raise NetworksDisagree(

@@ -6,12 +6,21 @@ python py_to_py_cls.py --model_name resnet50 --evaluate False    # only convert 
 """
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
+import datetime
 import difflib
+import functools
+import hashlib
+import importlib.metadata
+import json
 import os
+import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -24,6 +33,7 @@ from classification import (
     RequestError,
     parse_bool,
     positive_int,
+    read_labels,
     read_onnx,
     read_picture,
     run,
@@ -31,12 +41,14 @@ from classification import (
 )
 from common import (
     DEFAULT_WEIGHTS,
+    MAX_RELATIVE_ERROR,
     RANDOM,
     Difference,
     NetworksDisagree,
     compare,
     convert,
     find_bundled,
+    get_conversion_key,
     get_onnx_path,
     load_network,
     run_opencv,
@@ -87,7 +99,22 @@ PREPROCESSING = {
 }
 
 
-# --- the command line -----------------------------------------------------------------------
+NETWORKS = ("PyTorch", f"OpenCV {cv2.__version__}")
+
+# torchvision.datasets.ImageFolder's
+PICTURE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"
+)  # fmt: skip
+MAX_SKIPPED = 0.01  # of the pictures: over that, an evaluation ends with exit code 1
+
+
+class TooManySkipped(RequestError):
+    """So many pictures can't be read that the figures are of another set."""
+
+    exit_code = 1
+
+
+# --- the command line -----------------------------------------------------------------------------
 
 
 def model_name(text):
@@ -126,7 +153,8 @@ def get_parser():
         type=parse_bool,
         metavar="BOOL",
         help="evaluation mode: accuracy, inference time and L1 of both networks over labelled "
-        "pictures (default: True, but False with --test True)",
+        "pictures, the bundled ones where there are no others (default: True, but False with "
+        "--test True)",
     )
     add(
         "--default_img_preprocess",
@@ -143,23 +171,55 @@ def get_parser():
         help="torchvision's name of the weights (IMAGENET1K_V1, DEFAULT ...), a state-dict file, "
         "or 'random' (default: %(default)s)",
     )
+    add(
+        "--preprocess",
+        choices=["tutorial", "torchvision"],
+        default="tutorial",
+        help="evaluation mode: the centre of the picture resized to 256x256, or the transforms of "
+        "the weights, whose accuracy is the published one (default: tutorial)",
+    )
+    add(
+        "--engine",
+        choices=["auto", "new", "classic"],
+        default="auto",
+        help="evaluation mode: OpenCV's inference engine; auto takes the faster (default: auto)",
+    )
+    add(
+        "--resume",
+        type=parse_bool,
+        default=True,
+        metavar="BOOL",
+        help="evaluation mode: go on where the same command was stopped (default: True)",
+    )
     add_config(parser, TestClsConfig, "evaluation mode (TestClsConfig in test_config.py)")
-    add_config(parser, TestClsModuleConfig, "test mode (TestClsModuleConfig in test_config.py)")
+    add_config(
+        parser,
+        TestClsModuleConfig,
+        "test mode (TestClsModuleConfig in test_config.py)",
+        "scale, mean, std, crop, rgb and rsz_* have these defaults with --default_img_preprocess "
+        "False, else torchvision's; evaluation mode takes scale, mean, std and rsz_* where given",
+    )
     return parser
 
 
-def add_config(parser, config_class, title):
+def non_empty(text):
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def add_config(parser, config_class, title, description=None):
     """An option for each field of the dataclass, of its name and type."""
-    group = parser.add_argument_group(title)
+    group = parser.add_argument_group(title, description)
     types = {int: positive_int, bool: parse_bool}
     for config_field in dataclasses.fields(config_class):
         default = getattr(config_class(), config_field.name)
         shown = " ".join(default) if isinstance(default, list) else default
         group.add_argument(
             f"--{config_field.name}",
-            type=types.get(config_field.type, str),
-            nargs="+" if isinstance(default, list) else None,
-            metavar=config_field.type.__name__.upper() if config_field.type in types else "TEXT",
+            type=types.get(config_field.type, non_empty),
+            nargs=3 if isinstance(default, list) else None,
+            metavar="BOOL" if config_field.type is bool else None,
             help=f"{config_field.metadata['help']} (default: {'none' if shown == '' else shown})",
         )
 
@@ -202,14 +262,15 @@ def get_preprocessing_options(preprocessing, config):
     return options
 
 
-# --- test mode --------------------------------------------------------------------------------
+# --- test mode ------------------------------------------------------------------------------------
 
 
 def test(onnx_path, config, options):
     """Run classification.py on the converted network; return its exit code."""
     picture = Path(config.input_img)
-    suffix = picture.suffix if cv2.haveImageWriter(str(picture)) else ".png"
-    result = f"{picture.stem}_{onnx_path.stem}_{config.test_module_name}{suffix}"
+    known = picture.suffix.lower() in classification.SUFFIXES["picture"]
+    result = f"{picture.stem}_{onnx_path.stem}_{config.test_module_name}"
+    result += picture.suffix if known else ".png"
     command = [sys.executable, config.test_module_path, "--model", str(onnx_path)]
     command += ["--input", config.input_img, "--classes", config.classes]
     command += ["--output", os.path.join(RESULTS_DIR, result), *options]
@@ -222,39 +283,57 @@ def test(onnx_path, config, options):
 test.__test__ = False  # for pytest
 
 
-# --- evaluation mode ----------------------------------------------------------------------------
+# --- evaluation mode: the labelled pictures -------------------------------------------------------
 
 
 def get_labelled_pictures(config, given):
-    """[(path, class ID)] of the evaluation, and whether they are the bundled ones.
+    """([(path, class ID)], their folder, whether they are the bundled ones) of the evaluation.
 
-    The bundled pictures stand in only for the tutorial's own folder, and only where nobody
-    named another.
+    From a label file, or from class folders: see read_val_file and read_class_folders. The
+    bundled pictures stand in only for the tutorial's own folder, and only where nobody named
+    another.
     """
     named = {"img_root_dir", "img_cls_file"} & given.keys()
-    root, labels = config.img_root_dir, config.img_cls_file
-    bundled = not named and root == IMAGENET_VAL_DIR and not Path(root).exists()
-    if bundled:
+    root, label_file = config.img_root_dir, config.img_cls_file
+    if not named and root == IMAGENET_VAL_DIR and not Path(root).exists():
         root = find_bundled(CLS_TEST_DATA_DIR)
-        labels = os.path.join(root, "val.txt")
+        return read_val_file(os.path.join(root, "val.txt"), root), root, True
     if not Path(root).is_dir():
         raise RequestError(
             f"{root}: no such folder; --img_root_dir takes the folder of the pictures"
         )
-    pictures = read_val_file(labels, root)
-    missing = [path for path, _ in pictures if not os.path.isfile(path)]
-    if missing:
-        raise RequestError(
-            f"{missing[0]}: no such file, but {labels} names it "
-            f"({len(missing)} of {len(pictures)} are missing); check --img_root_dir"
-        )
-    return pictures, bundled
+    if "img_cls_file" not in given and not any(map(is_picture_name, os.listdir(root))):
+        return read_class_folders(root), root, False
+    return read_val_file(label_file, root), root, False
+
+
+def is_picture_name(name):
+    return name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def read_class_folders(root):
+    """[(path, class ID)] from a folder for each class, in sorted order the classes 0, 1, 2 ...
+
+    The layout of torchvision.datasets.ImageFolder: pictures may lie deeper.
+    """
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    pictures = []
+    for class_id, name in enumerate(classes):
+        for folder, subfolders, files in os.walk(os.path.join(root, name), followlinks=True):
+            subfolders.sort()
+            pictures += [
+                (os.path.join(folder, f), class_id) for f in sorted(files) if is_picture_name(f)
+            ]
+    if not pictures:
+        raise RequestError(f"{root}: neither pictures nor folders of pictures in it")
+    print(f"{root}: folder {classes[0]} is class 0, ..., {classes[-1]} is class {len(classes) - 1}")
+    return pictures
 
 
 def read_val_file(path, root):
     """[(path of the picture, class ID)] from a file like ImageNet's val.txt: lines of "name ID"."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise RequestError(
@@ -262,22 +341,13 @@ def read_val_file(path, root):
         ) from None
     pictures = []
     for number, line in enumerate(lines, 1):
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal():
+        *name, label = line.rsplit(maxsplit=1) or [""]
+        if not name or not (label.isascii() and label.isdecimal() and len(label) < 10):
             raise RequestError(f"{path}, line {number}: '{line[:60]}' is not 'name class-ID'")
-        pictures.append((os.path.join(root, name.strip()), int(label)))
+        pictures.append((os.path.join(root, name[0]), int(label)))
     if not pictures:
         raise RequestError(f"{path}: no pictures in it; it takes lines of 'name class-ID'")
     return pictures
-
-
-def check_frame_size(config, preprocessing):
-    for name in ("rsz_width", "rsz_height"):
-        if int(preprocessing[name]) < config.frame_size:
-            raise RequestError(
-                f"--{name} {preprocessing[name]} is less than --frame_size {config.frame_size}, "
-                "which is cut out of the resized picture"
-            )
 
 
 def check_class_ids(pictures, classes):
@@ -290,7 +360,35 @@ def check_class_ids(pictures, classes):
             )
 
 
-def get_evaluation_blob(path, preprocessing, config):
+def get_data_fingerprint(pictures, root):
+    """SHA-256 over the names, sizes and labels of the pictures: which data a figure is of."""
+    digest = hashlib.sha256()
+    for path, class_id in pictures:
+        size = os.path.getsize(path) if os.path.isfile(path) else None
+        name = os.path.relpath(path, root)
+        digest.update(f"{name}\n{size}\n{class_id}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+# --- evaluation mode: preprocessing ---------------------------------------------------------------
+
+
+def check_frame_size(config, module_config, preprocessing):
+    """Raise RequestError where the evaluation can't cut its frame, or would cut another one."""
+    if not module_config.frame_width == module_config.frame_height == str(config.frame_size):
+        raise RequestError(
+            "evaluation mode takes square frames: --frame_size in place of --frame_width and "
+            "--frame_height"
+        )
+    for name in ("rsz_width", "rsz_height"):
+        if positive_int(preprocessing[name]) < config.frame_size:
+            raise RequestError(
+                f"--{name} {preprocessing[name]} is less than --frame_size {config.frame_size}, "
+                "which is cut out of the resized picture"
+            )
+
+
+def get_tutorial_blob(path, preprocessing, config):
     """(1, 3, frame_size, frame_size): the centre of the resized picture, as torchvision cuts it.
 
     blobFromImage's crop would shrink the picture to the frame and cut nothing.
@@ -300,17 +398,128 @@ def get_evaluation_blob(path, preprocessing, config):
     rsz_width = int(preprocessing["rsz_width"])
     picture = cv2.resize(read_picture(path).astype(np.float32), (rsz_width, rsz_height))
     top, left = (rsz_height - size) // 2, (rsz_width - size) // 2
-    return cv2.dnn.blobFromImage(
+    blob = cv2.dnn.blobFromImage(
         picture[top : top + size, left : left + size],
         scalefactor=float(preprocessing["scale"]),
         mean=[float(value) for value in preprocessing["mean"]],
         swapRB=config.bgr_to_rgb,
-    ) / np.array(preprocessing["std"], np.float32).reshape(1, 3, 1, 1)
+    )
+    blob /= np.array(preprocessing["std"], np.float32).reshape(1, 3, 1, 1)
+    return blob
 
 
-def get_batch(pictures, preprocessing, config):
-    """(batch, 3, frame_size, frame_size) of [(path, class ID)]."""
-    return np.concatenate([get_evaluation_blob(p, preprocessing, config) for p, _ in pictures])
+def get_torchvision_blob(path, transforms):
+    """The same by the transforms of the weights, whose accuracy is the published one."""
+    import torch
+
+    rgb = cv2.cvtColor(read_picture(path), cv2.COLOR_BGR2RGB)
+    return transforms(torch.from_numpy(rgb).permute(2, 0, 1))[None].numpy()
+
+
+def get_transforms(model_name, weights):
+    """torchvision's transforms of these weights, or of the network's first where they have none."""
+    from torchvision import models
+
+    known = models.get_model_weights(model_name).__members__
+    return known.get(weights, known[DEFAULT_WEIGHTS]).transforms()
+
+
+def read_batch(batch, get_blob, workers):
+    """(blob, labels, names, skipped) of [(path, class ID)]: blob (batch, 3, height, width).
+
+    Decoded by the workers, each with pictures of its own. What can't be read is skipped, as
+    [path, reason].
+    """
+
+    def read(item):
+        try:
+            return get_blob(item[0])
+        except RequestError as error:
+            return str(error)
+
+    results = list(workers.map(read, batch))
+    read = [i for i, result in enumerate(results) if not isinstance(result, str)]
+    skipped = [[batch[i][0], results[i]] for i in range(len(batch)) if i not in set(read)]
+    blob = np.concatenate([results[i] for i in read]) if read else None
+    return blob, [batch[i][1] for i in read], [batch[i][0] for i in read], skipped
+
+
+# --- evaluation mode: the two networks ------------------------------------------------------------
+
+
+def keep_large_blocks():
+    """Have glibc keep the memory of a layer's output for the next layer.
+
+    By default it returns blocks of that size to the kernel, and PyTorch spends up to half of a
+    batch of 50 in page faults: no fault of PyTorch's, and a comparison must not charge it for it.
+    Other platforms' allocators are left alone.
+    """
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def prepare_pytorch(model):
+    """run(blob) -> logits, with the memory layout that PyTorch's convolutions are fastest in."""
+    import torch
+
+    model.to(memory_format=torch.channels_last)
+    return lambda blob: run_pytorch(model, blob, memory_format=torch.channels_last)
+
+
+def choose_engine(onnx_path, blob, engine):
+    """The name of OpenCV's inference engine: the one asked for, or the faster of the two.
+
+    Each has one pass to warm up and one that counts; an engine that can't run the file is out.
+    """
+    engines = classification.available(classification.ENGINES)
+    if not engines or engine != "auto":
+        return engine
+    seconds = {}
+    for name in ("new", "classic"):
+        try:
+            net = read_onnx(onnx_path, engines[name])
+            run_opencv(net, blob)
+        except RequestError:
+            continue
+        start = time.perf_counter()
+        run_opencv(net, blob)
+        seconds[name] = time.perf_counter() - start
+    if not seconds:
+        raise NetworksDisagree(f"{onnx_path}: no engine of OpenCV {cv2.__version__} can run it")
+    name = min(seconds, key=seconds.get)
+    timings = ", ".join(f"{n} {s * 1000 / len(blob):.1f} ms" for n, s in seconds.items())
+    print(f"OpenCV's engines: {timings} a picture; taking {name}")
+    return name
+
+
+def read_with_engine(onnx_path, engine):
+    return read_onnx(onnx_path, classification.available(classification.ENGINES).get(engine))
+
+
+def evaluate_batch(networks, blob, labels, names):
+    """One record of the evaluation: what a batch adds to the figures.
+
+    networks: {"PyTorch": run, "OpenCV": run}; labels and names as in `blob`'s rows.
+    """
+    logits, record = {}, {"pictures": len(labels)}
+    for network, forward in networks.items():
+        start = time.perf_counter()
+        logits[network] = forward(blob)
+        seconds = time.perf_counter() - start
+        record[network] = {
+            "top1": count_correct(logits[network], labels, 1),
+            "top5": count_correct(logits[network], labels, 5),
+            "ms": seconds * 1000 / len(labels),
+        }
+    record["difference"] = dataclasses.asdict(compare(*logits.values()))
+    classes = [values.argmax(axis=1).tolist() for values in logits.values()]
+    record["disagreements"] = [
+        [name, a, b] for name, a, b in zip(names, *classes, strict=True) if a != b
+    ]
+    return record
 
 
 def count_correct(logits, labels, k):
@@ -319,62 +528,68 @@ def count_correct(logits, labels, k):
     return int((best == np.array(labels)[:, None]).any(axis=1).sum())
 
 
-def evaluate(model, origin, onnx_path, pictures, preprocessing, config):
-    """Run both networks over the pictures; write the log and the chart, print the summary.
+# --- evaluation mode: nothing lost ----------------------------------------------------------------
+#
+# Each finished batch is a line of JSON in a state file, whose first line says what run it belongs
+# to. All figures are computed from these records, in the order of the batches: so a run that was
+# killed and goes on ends with the figures of one that was never stopped, and several processes
+# end with those of one.
 
-    Raises NetworksDisagree at the end where they do.
+
+def get_state_paths(stem, key, rank):
+    """(state file of this process, state files of such a run that are there already).
+
+    The key in their name keeps other runs' states apart.
     """
-    title = f"{onnx_path.stem}, {'RANDOM' if origin == RANDOM else origin} weights"
-    log_path = Path(LOGS_DIR) / f"{onnx_path.stem}_log.txt"
-    chart_path = Path(LOGS_DIR) / f"{onnx_path.stem}_time.png"
-    net = read_onnx(onnx_path)
-    networks = {
-        "PyTorch": lambda blob: run_pytorch(model, blob),
-        f"OpenCV {cv2.__version__} DNN": lambda blob: run_opencv(net, blob),
-    }
-    correct = {network: [0, 0] for network in networks}  # top-1, top-5
-    times = {network: [] for network in networks}  # ms a picture, for each batch
-    differences, done = [], 0
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    found = sorted(Path(LOGS_DIR).glob(f"{stem}_{digest}_*.state"))
+    return Path(LOGS_DIR) / f"{stem}_{digest}_{rank}.state", found
 
-    # The first pass of a network allocates: it is not timed, and tells the number of classes.
-    warm_up = get_batch(pictures[: config.batch_size], preprocessing, config)
-    classes = {forward(warm_up).shape[1] for forward in networks.values()}
-    check_class_ids(pictures, min(classes))
 
-    with whole_file(log_path) as part, open(part, "w", encoding="utf-8") as log:
-        print(f"{title}: {len(pictures)} pictures, batch size {config.batch_size}", file=log)
-        bar = tqdm(total=len(pictures), unit="picture", disable=None)
-        for start in range(0, len(pictures), config.batch_size):
-            batch = pictures[start : start + config.batch_size]
-            blob = get_batch(batch, preprocessing, config)
-            labels = [label for _, label in batch]
-            done += len(batch)
-            outputs = []
-            for network, forward in networks.items():
-                begin = time.perf_counter()
-                logits = forward(blob)
-                times[network].append((time.perf_counter() - begin) * 1000 / len(batch))
-                outputs.append(logits)
-                for i, k in enumerate((1, 5)):
-                    correct[network][i] += count_correct(logits, labels, k)
-                top1, top5 = (100 * c / done for c in correct[network])
-                print(
-                    f"{done} Accuracy for {network}: top-1 {top1:.2f}, top-5 {top5:.2f}", file=log
-                )
-                print(f"{done} Inference time, ms {network}: {times[network][-1]:.2f}", file=log)
-            differences.append(compare(*outputs))
-            print(f"{done} PyTorch vs OpenCV: {differences[-1]}", file=log)
-            bar.update(len(batch))
-        bar.close()
-        total = combine(differences)
-        for line in get_summary(title, correct, times, total):
-            print(line)
-            print(line, file=log)
-    draw_times(times, f"{title}: inference time on {done} pictures", chart_path)
-    print(f"log: {log_path}")
-    print(f"chart: {chart_path}", flush=True)
-    if not total.agree:
-        raise NetworksDisagree(f"PyTorch and OpenCV disagree on these pictures: {total}")
+def read_state(path):
+    """(engine, {batch: record}) of a state file, without lines that broke off."""
+    records, engine = {}, None
+    with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # broken off by a power cut
+                continue
+            if "engine" in record:
+                engine = record["engine"]
+            else:
+                records[record["batch"]] = record
+    return engine, records
+
+
+def merge_states(states):
+    """(engine, records) of what the processes have read, each a list of read_state's results."""
+    found = [state for process in states for state in process]
+    engine = next((engine for engine, _ in found if engine), None)
+    return engine, {batch: r for _, records in found for batch, r in records.items()}
+
+
+def append_state(path, record):
+    """Add a line to the state file, so that it is there after a power cut."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as file:
+            # a line that broke off before must not swallow this one
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RequestError(
+            f"{path}: can't be written: {error.strerror}; what was evaluated before is kept: the "
+            "same command goes on from there"
+        ) from None
+
+
+# --- evaluation mode: the figures -----------------------------------------------------------------
 
 
 def combine(differences):
@@ -389,36 +604,291 @@ def combine(differences):
     )
 
 
-def get_summary(title, correct, times, difference):
+def get_times(records, network):
+    """ms a picture of each batch, but for each process's first, which warms up (if it can)."""
+    times = [r[network]["ms"] for r in records if network in r and not r["warm_up"]]
+    return times or [r[network]["ms"] for r in records if network in r]
+
+
+def get_figures(records, total, published):
+    """All the figures of the evaluation, from the records in the order of their batches."""
+    records = [records[batch] for batch in sorted(records)]
+    skipped = [item for r in records for item in r["skipped"]]
+    figures = {
+        "pictures": total,
+        "read": sum(r["pictures"] for r in records),
+        "skipped": skipped,
+        "partial": sum(r["pictures"] + len(r["skipped"]) for r in records) < total,
+        "published": published,
+    }
+    for network in NETWORKS:
+        times = get_times(records, network)
+        figures[network] = {
+            f"top{k}": 100
+            * sum(r[network][f"top{k}"] for r in records if network in r)
+            / figures["read"]
+            for k in (1, 5)
+        } | {
+            "ms_mean": float(np.mean(times)),
+            "ms_median": float(np.median(times)),
+            "ms_p95": float(np.percentile(times, 95)),
+        }
+    differences = [Difference(**r["difference"]) for r in records if "difference" in r]
+    figures["difference"] = dataclasses.asdict(combine(differences))
+    figures["disagreements"] = [item for r in records for item in r.get("disagreements", [])]
+    return figures
+
+
+def get_summary(title, figures):
     """The lines that end the log and the output."""
-    lines = [f"{title}, {difference.pictures} pictures:"]
-    for network, ms in times.items():
-        top1, top5 = (100 * c / difference.pictures for c in correct[network])
-        lines.append(f"{network}:")
-        lines.append(f"* accuracy: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
-        lines.append(f"* inference time: median {np.median(ms):.2f} ms a picture")
-    lines.append(f"PyTorch vs OpenCV: {difference}")
+    part = f"PARTIAL: {figures['read']} of " if figures["partial"] else ""
+    lines = [f"{title}, {part}{figures['pictures']} pictures:"]
+    for network in NETWORKS:
+        values = figures[network]
+        published = ", ".join(f"{k} {v} %" for k, v in figures["published"].items())
+        published = f" (published: {published})" if published else ""
+        lines += [
+            f"{network}:",
+            f"* accuracy: top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} %{published}",
+            f"* inference time, ms a picture: mean {values['ms_mean']:.2f}, "
+            f"median {values['ms_median']:.2f}, 95th percentile {values['ms_p95']:.2f}",
+        ]
+    lines.append(f"PyTorch vs OpenCV: {Difference(**figures['difference'])}")
+    for name, a, b in figures["disagreements"]:
+        lines.append(f"* not the same class: {name}: PyTorch {a}, OpenCV {b}")
+    if figures["skipped"]:
+        lines.append(f"skipped: {len(figures['skipped'])} pictures, which could not be read")
+        lines += [f"* {reason}" for _, reason in figures["skipped"]]
     return lines
 
 
-def draw_times(times, title, path):
+def get_log_lines(records):
+    """The tutorial's lines for each batch: accuracy and differences so far, the batch's times."""
+    lines, done, correct = [], 0, {network: [0, 0] for network in NETWORKS}
+    for batch in sorted(records):
+        record = records[batch]
+        done += record["pictures"]
+        for network in NETWORKS:
+            if network in record:
+                for i, k in enumerate((1, 5)):
+                    correct[network][i] += record[network][f"top{k}"]
+                top1, top5 = (100 * c / done for c in correct[network])
+                ms = record[network]["ms"]
+                lines.append(f"{done} Accuracy for {network}: top-1 {top1:.2f}, top-5 {top5:.2f}")
+                lines.append(f"{done} Inference time, ms {network}: {ms:.2f}")
+        if "difference" in record:
+            lines.append(f"{done} PyTorch vs OpenCV: {Difference(**record['difference'])}")
+        lines += [f"{done} skipped: {reason}" for _, reason in record["skipped"]]
+    return lines
+
+
+def draw_times(records, title, path):
     """Draw the inference time of each batch, and its median, as a PNG."""
     # Figure, not pyplot: it needs no display and no choice of a backend
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="batch", ylabel="ms a picture", title=title)
-    for number, (network, ms) in enumerate(times.items()):
-        median = np.median(ms)
-        batches = np.arange(1, len(ms) + 1)
-        axes.plot(batches, ms, "o-", color=f"C{number}", label=f"{network}: median {median:.1f} ms")
+    marker = "o-" if len(records) <= 50 else "-"
+    for number, network in enumerate(NETWORKS):
+        batches = [batch for batch in sorted(records) if network in records[batch]]
+        times = [records[batch][network]["ms"] for batch in batches]
+        median = np.median(get_times([records[batch] for batch in batches], network))
+        label = f"{network}: median {median:.1f} ms"
+        axes.plot(np.array(batches) + 1, times, marker, color=f"C{number}", label=label)
         axes.axhline(median, color=f"C{number}", linestyle="--", linewidth=1)
-    axes.set_ylim(bottom=0, top=1.15 * max(map(max, times.values())))
+    axes.set_ylim(bottom=0, top=1.15 * axes.get_ylim()[1])
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     with whole_file(path) as part:
         figure.savefig(part, dpi=120, format="png")
+
+
+def get_published(weights, model_name):
+    """{"acc@1": %, "acc@5": %} of torchvision's own weights, {} of others."""
+    from torchvision import models
+
+    entry = models.get_model_weights(model_name).__members__.get(weights)
+    return entry.meta["_metrics"]["ImageNet-1K"] if entry else {}
+
+
+def get_about(key, engine, processes, seconds, forward_seconds):
+    """What one needs to repeat the run, besides the figures."""
+    import torch
+
+    return key | {
+        "engine": engine,
+        "processes": processes,
+        "processor": get_processor(),
+        "threads": {"torch": torch.get_num_threads(), "opencv": cv2.getNumThreads()},
+        "seconds": seconds,  # of this process, since it was started the last time
+        "forward_seconds": forward_seconds,
+    }
+
+
+def get_processor():
+    """The processor's name; platform.processor() has none on Linux."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_results(stem, title, records, figures, about):
+    """The log, the JSON and the chart in LOGS_DIR; the summary is printed as well."""
+    log_path, json_path, chart_path = (
+        Path(LOGS_DIR) / f"{stem}_{end}" for end in ("log.txt", "summary.json", "time.png")
+    )
+    summary = get_summary(title, figures)
+    with whole_file(log_path) as part:
+        part.write_text("\n".join([title, *get_log_lines(records), *summary, ""]), "utf-8")
+    with whole_file(json_path) as part:
+        part.write_text(json.dumps(about | figures, indent=2) + "\n", "utf-8")
+    draw_times(records, f"{title}, {figures['read']} pictures", chart_path)
+    print(*summary, f"log: {log_path}", f"summary: {json_path}", f"chart: {chart_path}", sep="\n")
+    sys.stdout.flush()
+
+
+# --- evaluation mode: many processes --------------------------------------------------------------
+
+
+def join_processes():
+    """(rank, processes): those of torchrun, which this process joins, else (0, 1)."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        return 0, 1
+    import torch.distributed as dist
+
+    # gloo notices a rank that dies by itself; the timeout is for one that is only slower
+    dist.init_process_group("gloo", timeout=datetime.timedelta(hours=6))
+    if dist.get_rank() != 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    return dist.get_rank(), processes
+
+
+def gather(value, processes):
+    """The `value` of each process, by rank, in every process; so it is a barrier as well."""
+    if processes == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values = [None] * processes
+    dist.all_gather_object(values, value)
+    return values
+
+
+def in_turn(rank, processes, function):
+    """The result of `function`: rank 0 first, then one process a machine, then the others.
+
+    So that what the first downloads and converts is there for the others.
+    """
+    result = None
+    for turn in (rank == 0, os.environ.get("LOCAL_RANK", "0") == "0", True):
+        if turn and result is None:
+            result = function()
+        gather(None, processes)
+    return result
+
+
+# --- evaluation mode: the run ---------------------------------------------------------------------
+
+
+def evaluate(model, onnx_path, pictures, get_blob, sample_blob, key, args, rank, processes):
+    """Run both networks over the pictures and write the results.
+
+    key: all that the figures depend on; only a run of the same key is taken up again. Raises
+    NetworksDisagree where the networks do, TooManySkipped where too many pictures can't be read,
+    and on Ctrl-C, after the results so far are written as partial, KeyboardInterrupt.
+    """
+    stem, size = onnx_path.stem, key["batch_size"]
+    weights = "RANDOM" if key["weights"] == RANDOM else key["weights"]
+    title = f"{stem}, {weights} weights"
+    batches = [pictures[i : i + size] for i in range(0, len(pictures), size)]
+    state_path, state_files = get_state_paths(stem, key, rank)
+    if not args.resume:
+        gather([path.unlink(missing_ok=True) for path in state_files], processes)
+        state_files = []
+    engine, records = merge_states(gather([read_state(p) for p in state_files], processes))
+    if records:
+        done = sum(r["pictures"] + len(r["skipped"]) for r in records.values())
+        print(f"going on after {done} of {len(pictures)} pictures; --resume False starts anew")
+
+    keep_large_blocks()
+    few = np.repeat(sample_blob, min(8, size), axis=0)
+    engine = choose_engine(onnx_path, few, engine or args.engine) if rank == 0 else None
+    engine = gather(engine, processes)[0]
+    net = read_with_engine(onnx_path, engine)
+    run_on_pytorch = prepare_pytorch(model)
+    networks = dict(zip(NETWORKS, (run_on_pytorch, lambda b: run_opencv(net, b)), strict=True))
+    check_class_ids(pictures, run_on_pytorch(few).shape[1])
+    append_state(state_path, {"engine": engine})
+
+    todo = [i for i in range(len(batches)) if i not in records][rank::processes]
+    start, forward_seconds, interrupted = time.perf_counter(), 0.0, False
+    total = sum(len(batches[i]) for i in todo)
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as workers,
+        tqdm(total=total, unit=" pictures", disable=None if rank == 0 else True) as bar,
+    ):
+        try:
+            for i in todo:
+                # decoding has all cores between the passes, and none during them
+                blob, labels, names, skipped = read_batch(batches[i], get_blob, workers)
+                record = {"batch": i, "warm_up": i == todo[0], "pictures": 0, "skipped": skipped}
+                if labels:
+                    record |= evaluate_batch(networks, blob, labels, names)
+                    forward_seconds += sum(record[n]["ms"] for n in NETWORKS) * len(labels) / 1000
+                append_state(state_path, record)
+                records[i] = record
+                bar.update(len(batches[i]))
+        except KeyboardInterrupt:
+            interrupted = True
+    seconds = time.perf_counter() - start
+
+    for found in gather(records, processes):
+        records |= found
+    read = sum(record["pictures"] for record in records.values())
+    if not read and not interrupted:
+        reason = records[0]["skipped"][0][1]
+        raise RequestError(f"none of the {len(pictures)} pictures can be read: {reason}")
+    if read and rank == 0:
+        about = get_about(key, engine, processes, seconds, forward_seconds)
+        figures = get_figures(records, len(pictures), get_published(key["weights"], key["model"]))
+        write_results(stem, title, records, figures, about)
+    if interrupted:
+        raise KeyboardInterrupt
+    for path in {*state_files, state_path}:
+        path.unlink(missing_ok=True)
+    if rank == 0:
+        check_figures(figures)
+
+
+def check_figures(figures):
+    """Raise what the exit code of a finished evaluation shall say."""
+    difference = Difference(**figures["difference"])
+    # "not over" would let nan pass; a tie that falls the other way is no fault of a conversion
+    if not difference.relative <= MAX_RELATIVE_ERROR:
+        raise NetworksDisagree(f"PyTorch and OpenCV disagree on these pictures: {difference}")
+    if len(figures["skipped"]) > MAX_SKIPPED * figures["pictures"]:
+        raise TooManySkipped(
+            f"{len(figures['skipped'])} of {figures['pictures']} pictures could not be read: "
+            "the figures are of the others"
+        )
+
+
+def get_network(args, module_config, sample_blob, or_random):
+    """(model, origin of its weights, path of its verified ONNX file)."""
+    model, origin = load_network(args.model_name, args.weights, or_random)
+    if module_config.model:
+        onnx_path = Path(module_config.model)
+        verify(model, read_onnx(onnx_path), sample_blob)
+        print(f"{onnx_path}: verified")
+    else:
+        onnx_path = get_onnx_path(args.model_name, origin, MODELS_DIR)
+        convert(model, origin, onnx_path, sample_blob)
+    return model, origin, onnx_path
 
 
 def main():
@@ -433,27 +903,47 @@ def main():
     options = get_preprocessing_options(test_preprocessing, module_config)
     blob_args = classification.parse_args(options)
     sample_blob = classification.get_blob(read_picture(module_config.input_img), blob_args)
+    if args.test:
+        read_labels(module_config.classes)
+        if not Path(module_config.test_module_path).is_file():
+            raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")
     bundled = True
     if do_evaluate:
+        Path(LOGS_DIR).mkdir(exist_ok=True)
         preprocessing = get_preprocessing(True, module_config, given)
-        check_frame_size(config, preprocessing)
-        pictures, bundled = get_labelled_pictures(config, given)
-        if bundled:
-            print(f"no {IMAGENET_VAL_DIR} here: evaluating on the {len(pictures)} bundled pictures")
+        check_frame_size(config, module_config, preprocessing)
+        pictures, root, bundled = get_labelled_pictures(config, given)
 
-    model, origin = load_network(args.model_name, args.weights, or_random=bundled)
-    if module_config.model:
-        onnx_path = Path(module_config.model)
-        verify(model, read_onnx(onnx_path), sample_blob)
-    else:
-        onnx_path = get_onnx_path(args.model_name, origin, MODELS_DIR)
-        convert(model, onnx_path, sample_blob)
-
-    code = 0
-    if args.test:
-        code = test(onnx_path, module_config, options)
+    rank, processes = join_processes()
+    if do_evaluate and bundled:
+        print(f"no {IMAGENET_VAL_DIR} here: evaluating on the {len(pictures)} bundled pictures")
+    model, origin, onnx_path = in_turn(
+        rank, processes, lambda: get_network(args, module_config, sample_blob, bundled)
+    )
+    code = test(onnx_path, module_config, options) if args.test and rank == 0 else 0
     if do_evaluate:
-        evaluate(model, origin, onnx_path, pictures, preprocessing, config)
+        if args.preprocess == "torchvision":
+            preprocessing = get_transforms(args.model_name, origin)
+            get_blob = functools.partial(get_torchvision_blob, transforms=preprocessing)
+        else:
+            get_blob = functools.partial(
+                get_tutorial_blob, preprocessing=preprocessing, config=config
+            )
+        key = {
+            "model": args.model_name,
+            **get_conversion_key(model, origin, sample_blob.shape),
+            "onnx_sha256": hashlib.sha256(onnx_path.read_bytes()).hexdigest(),
+            "torchvision": importlib.metadata.version("torchvision"),
+            "data": root,
+            "data_sha256": get_data_fingerprint(pictures, root),
+            "batch_size": config.batch_size,
+            "frame_size": config.frame_size,
+            "bgr_to_rgb": config.bgr_to_rgb,
+            "preprocess": args.preprocess,
+            "preprocessing": str(preprocessing),
+            "engine_option": args.engine,
+        }
+        evaluate(model, onnx_path, pictures, get_blob, sample_blob, key, args, rank, processes)
     return code
 
 

@@ -4,9 +4,10 @@ python py_to_py_resnet50.py
 python py_to_py_resnet50.py --input_img cat.jpg
 """
 
+import argparse
+
 import cv2
 import numpy as np
-import torch
 
 from classification import RANDOM_WARNING, OneLineParser, read_labels, read_picture, run
 from common import (
@@ -22,38 +23,31 @@ from common import (
 from test_config import MODELS_DIR, TestClsModuleConfig
 
 
-def get_pytorch_onnx_model(original_model, origin, preproc_img):
-    """Convert the network, with OpenCV's answer checked on the picture; return the file's path."""
+def get_pytorch_onnx_model(original_model, origin, img_path):
+    """Convert the network, OpenCV's answer on the picture verified; return the file's path."""
     full_model_path = get_onnx_path("resnet50", origin, MODELS_DIR)
-    convert(original_model, full_model_path, preproc_img)
+    convert(original_model, origin, full_model_path, get_preprocessed_img(img_path))
     return str(full_model_path)
 
 
 def get_preprocessed_img(img_path):
     """Blob of the picture: float32, (1, 3, 224, 224), as torchvision normalises it."""
-    # read the image
-    input_img = read_picture(img_path)
-    input_img = input_img.astype(np.float32)
-
+    input_img = read_picture(img_path).astype(np.float32)
     input_img = cv2.resize(input_img, (256, 256))
 
-    # define preprocess parameters
+    # of pixels from 0 to 1; blobFromImage subtracts before it scales, so its mean is times 255
     mean = np.array([0.485, 0.456, 0.406]) * 255.0
-    scale = 1 / 255.0
     std = [0.229, 0.224, 0.225]
 
-    # prepare input blob to fit the model input:
-    # 1. subtract mean
-    # 2. scale to set pixel values from 0 to 1
     input_blob = cv2.dnn.blobFromImage(
         image=input_img,
-        scalefactor=scale,
-        size=(224, 224),  # img target size
+        scalefactor=1 / 255.0,
+        size=(224, 224),
         mean=mean,
         swapRB=True,  # BGR -> RGB
-        crop=True,  # center crop: of a square picture nothing is cut, it is resized to 224x224
+        crop=True,  # the centre; but a square picture is resized to 224x224, and nothing is cut
     )
-    # 3. divide by std
+    # blobFromImage knows no standard deviation
     input_blob[0] /= np.asarray(std, dtype=np.float32).reshape(3, 1, 1)
     return input_blob
 
@@ -83,7 +77,8 @@ def get_opencv_dnn_prediction(opencv_net, preproc_img, imagenet_labels, origin):
 
 def get_pytorch_dnn_prediction(original_net, preproc_img, imagenet_labels, origin):
     """Run the original network, print its answer, return its logits (1, 1000)."""
-    original_net.eval()
+    import torch  # which takes seconds: only after the command line is read
+
     with torch.no_grad():
         out = original_net(torch.from_numpy(preproc_img)).numpy()
     print_prediction("PyTorch", out, imagenet_labels, origin)
@@ -91,43 +86,40 @@ def get_pytorch_dnn_prediction(original_net, preproc_img, imagenet_labels, origi
 
 
 def get_args():
-    config = TestClsModuleConfig()
-    parser = OneLineParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--input_img", default=find_bundled(config.input_img), help="the picture")
+    parser = OneLineParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--input_img",
+        default=find_bundled(TestClsModuleConfig.input_img),
+        help="the picture that both networks classify (default: %(default)s)",
+    )
     parser.add_argument(
         "--weights",
         default=DEFAULT_WEIGHTS,
-        help="torchvision's name of them, a state-dict file, or 'random' (default: %(default)s)",
+        help="torchvision's name of the weights (IMAGENET1K_V1, IMAGENET1K_V2), a state-dict file, "
+        "or 'random' (default: %(default)s)",
     )
     return parser.parse_args()
 
 
 def main():
     args = get_args()
-
-    # get preprocessed image
-    input_img = get_preprocessed_img(args.input_img)
-
-    # get ImageNet labels
-    imagenet_labels = get_imagenet_labels(find_bundled(TestClsModuleConfig().classes))
-
-    # initialize PyTorch ResNet-50 model
+    read_picture(args.input_img)  # one that can't be read is told before the network is loaded
     original_model, origin = load_network("resnet50", args.weights)
+    full_model_path = get_pytorch_onnx_model(original_model, origin, args.input_img)
 
-    # get the path to the converted into ONNX PyTorch model
-    full_model_path = get_pytorch_onnx_model(original_model, origin, input_img)
-
-    # read converted .onnx model with OpenCV API
     opencv_net = cv2.dnn.readNetFromONNX(full_model_path)
     print("OpenCV model was successfully read. Layer IDs: \n", opencv_net.getLayerNames())
 
-    # obtain OpenCV DNN predictions
-    opencv_out = get_opencv_dnn_prediction(opencv_net, input_img, imagenet_labels, origin)
+    input_img = get_preprocessed_img(args.input_img)
+    imagenet_labels = get_imagenet_labels(find_bundled(TestClsModuleConfig.classes))
 
-    # obtain original PyTorch ResNet50 predictions
+    opencv_out = get_opencv_dnn_prediction(opencv_net, input_img, imagenet_labels, origin)
     pytorch_out = get_pytorch_dnn_prediction(original_model, input_img, imagenet_labels, origin)
 
-    # compare
     difference = compare(pytorch_out, opencv_out)
     if not difference.agree:
         raise NetworksDisagree(f"PyTorch and OpenCV disagree: {difference}")

@@ -14,11 +14,11 @@ CLS_TEST_DATA_DIR = "test_data/cls"
 IMAGENET_VAL_DIR = "./ILSVRC2012_img_val"
 
 
-def option(default, help):
+def option(default, text):
     """A dataclass field that knows its line in --help."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -40,7 +40,9 @@ class TestClsModuleConfig:
 
     __test__ = False
 
-    cls_test_data_dir: str = option(CLS_TEST_DATA_DIR, "folder of the test picture and the labels")
+    cls_test_data_dir: str = option(
+        CLS_TEST_DATA_DIR, "folder of the test picture and the class names"
+    )
     test_module_name: str = option("classification", "the end of the result's file name")
     test_module_path: str = option("classification.py", "the script that test mode runs")
     input_img: str = option(os.path.join(CLS_TEST_DATA_DIR, "red_panda.jpg"), "the test picture")
@@ -57,5 +59,5 @@ class TestClsModuleConfig:
     rsz_height: str = option("", "resize the picture to this height first, px")
     rsz_width: str = option("", "resize the picture to this width first, px")
     classes: str = option(
-        os.path.join(CLS_TEST_DATA_DIR, "imagenet_classes.txt"), "file with a class name a line"
+        os.path.join(CLS_TEST_DATA_DIR, "imagenet_classes.txt"), "file of class names, one per line"
     )

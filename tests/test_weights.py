@@ -120,6 +120,10 @@ def write_bad_file(kind, path, weights):
         path.write_bytes(pickle.dumps(Code()))
     elif kind == "tensor":
         torch.save(torch.zeros(3), path)
+    elif kind == "text":
+        path.write_text("hello world\n")
+    elif kind == "nan":
+        torch.save(torch.load(weights) | {"fc.bias": torch.full((1000,), torch.nan)}, path)
     elif kind == "other architecture":
         torch.save({"conv.weight": torch.zeros(3)}, path)
     elif kind == "other classes":
@@ -133,6 +137,8 @@ def write_bad_file(kind, path, weights):
         ("empty", "cut short"),
         ("code", "more in it than tensors"),
         ("tensor", "no state dict"),
+        ("text", "no weights"),
+        ("nan", "fc.bias holds something else than finite numbers"),
         ("other architecture", "not the weights of resnet18"),
         ("other classes", "not the weights of resnet18.*fc.weight"),
     ],

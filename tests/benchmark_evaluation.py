@@ -1,0 +1,173 @@
+"""The evaluation against the tutorial's loop, written plainly, on the same photographs:
+
+    python tests/benchmark_evaluation.py
+    python tests/benchmark_evaluation.py --memory
+
+The photographs are the bundled ones, cropped, scaled and mirrored by a seeded generator. Both
+programs run in turn, each in a process of its own; times are of their loops, without start-up.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+BATCH = 50
+
+
+def make_photographs(folder, number):
+    """JPEGs of 500 pixels, as ImageNet's are."""
+    random = np.random.default_rng(0)
+    sources = [cv2.imread(str(p)) for p in sorted((ROOT / "test_data" / "cls").glob("*.jpg"))]
+    for i in range(number):
+        picture = sources[i % len(sources)]
+        height, width = picture.shape[:2]
+        part = random.uniform(0.6, 1)
+        top, left = (int(random.uniform(0, 1 - part) * size) for size in (height, width))
+        picture = picture[top : top + int(part * height), left : left + int(part * width)]
+        zoom = 500 / max(picture.shape)
+        picture = cv2.resize(picture, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
+        picture = picture[:, ::-1] if random.random() < 0.5 else picture
+        cv2.imwrite(f"{folder}/{i:05}.jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])
+
+
+def tutorial_loop(name, folder):
+    """The tutorial's evaluation as it stands: a picture after the other, then both networks."""
+    import torch
+
+    from common import load_network
+
+    model = load_network(name, "random")[0]
+    net = cv2.dnn.readNetFromONNX(f"models/{name}-random.onnx")
+    mean = np.float32([0.485, 0.456, 0.406])
+    std = np.float32([0.229, 0.224, 0.225])
+    names = sorted(os.listdir(folder))
+    outputs = [[], []]
+    start = time.perf_counter()
+    for first in range(0, len(names), BATCH):
+        batch = np.zeros((len(names[first : first + BATCH]), 3, 224, 224), np.float32)
+        for row, picture in zip(batch, names[first : first + BATCH], strict=True):
+            image = cv2.imread(f"{folder}/{picture}", cv2.IMREAD_COLOR).astype(np.float32)
+            image = cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), (256, 256))
+            row[:] = ((image[16:240, 16:240] / 255.0 - mean) / std).transpose(2, 0, 1)
+        with torch.no_grad():
+            outputs[0].append(model(torch.FloatTensor(batch)).numpy())
+        net.setInput(batch)
+        outputs[1].append(net.forward())
+    seconds = time.perf_counter() - start
+    np.save("tutorial.npy", np.stack([np.concatenate(o) for o in outputs]))
+    print(seconds)
+
+
+def run(*command):
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def run_evaluation(name, folder):
+    """The summary that py_to_py_cls.py writes."""
+    options = ["--weights", "random", "--img_root_dir", folder, "--img_cls_file", "labels.txt"]
+    run(ROOT / "py_to_py_cls.py", "--model_name", name, *options, "--batch_size", BATCH)
+    return json.loads(Path(f"logs/{name}-random_summary.json").read_text())
+
+
+def get_logits(name, folder, engine, number):
+    """Both networks' logits as py_to_py_cls.py has them, (2, number, classes)."""
+    import py_to_py_cls as cls
+    from common import load_network, run_opencv
+    from default_preprocess_config import pytorch_resize_input_blob
+    from test_config import TestClsConfig
+
+    names = sorted(os.listdir(folder))[:number]
+    config = TestClsConfig()
+    blobs = [
+        cls.get_tutorial_blob(f"{folder}/{n}", pytorch_resize_input_blob, config) for n in names
+    ]
+    blob = np.concatenate(blobs)
+    net = cls.read_with_engine(f"models/{name}-random.onnx", engine)
+    return np.stack(
+        [cls.prepare_pytorch(load_network(name, "random")[0])(blob), run_opencv(net, blob)]
+    )
+
+
+def compare_programs(name, folder, rounds):
+    run(
+        ROOT / "py_to_py_cls.py", "--model_name", name, "--weights", "random", "--evaluate", "False"
+    )
+    names = sorted(os.listdir(folder))
+    speed, overhead = [], []
+    for _ in range(rounds):
+        tutorial = float(run(__file__, "--tutorial", name, folder))
+        logits = np.load("tutorial.npy")
+        # labels that are right for every second picture
+        labels = logits[0].argmax(axis=1) + np.arange(len(names)) % 2
+        labels %= logits.shape[2]
+        Path("labels.txt").write_text(
+            "".join(f"{n} {label}\n" for n, label in zip(names, labels, strict=True))
+        )
+        summary = run_evaluation(name, folder)
+        networks = [summary[key] for key in summary if key == "PyTorch" or key.startswith("OpenCV")]
+        speed.append(tutorial / summary["seconds"])
+        overhead.append(summary["seconds"] / summary["forward_seconds"])
+        accuracy = [100 * (o.argmax(axis=1) == labels).mean() for o in logits]
+        same = np.allclose([n["top1"] for n in networks], accuracy, rtol=0, atol=1e-9)
+    engine = summary["engine"]
+    l_inf = np.abs(get_logits(name, folder, engine, 100) - logits[:, :100]).max()
+    print(
+        f"{name:16} {statistics.median(speed):8.2f} {statistics.median(overhead):10.3f} "
+        f"{'yes' if same else 'NO':>10} {l_inf:10.1e} {engine:>8}",
+        flush=True,
+    )
+
+
+def compare_memory(name, folder):
+    """Peak memory of a long evaluation against a short one, each in a process of its own."""
+    pictures = sorted(Path(folder).iterdir())
+    peaks = []
+    for number in (1000, 10_000):
+        lines = [f"{pictures[i % len(pictures)].name} 0\n" for i in range(number)]
+        Path("labels.txt").write_text("".join(lines))
+        options = ["--weights", "random", "--img_root_dir", folder, "--img_cls_file", "labels.txt"]
+        command = [sys.executable, str(ROOT / "py_to_py_cls.py"), "--model_name", name, *options]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        peaks.append(os.wait4(process.pid, 0)[2].ru_maxrss / 1024)
+        print(f"{number} pictures: peak memory {peaks[-1]:.0f} MiB", flush=True)
+    print(f"ratio: {peaks[1] / peaks[0]:.3f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("networks", nargs="*", default=["resnet50", "squeezenet1_0"])
+    parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--tutorial", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.tutorial:
+        tutorial_loop(*args.networks)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        Path("photographs").mkdir()
+        make_photographs("photographs", args.pictures)
+        if args.memory:
+            compare_memory("squeezenet1_1", "photographs")
+        else:
+            print("network           x faster  / forward   accuracy      L_inf   engine")
+            for name in args.networks:
+                compare_programs(name, "photographs", args.rounds)
+        os.chdir("/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""The evaluation: its figures, what it does with odd data, and that nothing is lost."""
+
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import PICTURES, ROOT, check_one_line
+
+LABELLED = [line.split() for line in (PICTURES / "val.txt").read_text().splitlines()]
+CLS = str(ROOT / "py_to_py_cls.py")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Forty small photographs in four class folders, and the same with a label file."""
+    root = tmp_path_factory.mktemp("data")
+    lines = []
+    for number in range(40):
+        picture = cv2.imread(str(PICTURES / LABELLED[number % 12][0]))
+        x = 10 * (number // 12)
+        small = cv2.resize(picture[x : x + 200, x : x + 230], (120, 90))
+        name = f"class{number % 4}/picture{number:02}.jpg"
+        (root / "folders" / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(root / "folders" / name), small)
+        lines.append(f"{name} {number % 4}\n")
+    (root / "labels.txt").write_text("".join(sorted(lines)))
+    return root
+
+
+@pytest.fixture
+def command(data, weights, model):
+    """The options of an evaluation in ten batches, on one engine, without a conversion."""
+    options = ["--model_name", "resnet18", "--weights", str(weights), "--model", str(model)]
+    options += ["--img_root_dir", str(data / "folders"), "--batch_size", "4", "--engine", "new"]
+    return [sys.executable, CLS, *options]
+
+
+def read_figures(folder, name="resnet18_summary.json"):
+    """The figures that must not depend on how the run went."""
+    summary = json.loads((folder / "logs" / name).read_text())
+    times = ("ms_mean", "ms_median", "ms_p95")
+    for network in summary.values():
+        if isinstance(network, dict) and "ms_mean" in network:
+            for name in times:
+                assert network.pop(name) > 0
+    about = ("seconds", "forward_seconds", "processes", "threads", "processor")
+    return {k: v for k, v in summary.items() if k not in about}
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, data, weights, model):
+    """Figures of a run that was never stopped, from the label file."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = ["--model_name", "resnet18", "--weights", weights, "--model", model]
+    options += ["--img_root_dir", data / "folders", "--img_cls_file", data / "labels.txt"]
+    options += ["--batch_size", "4", "--engine", "new"]
+    subprocess.run([sys.executable, CLS, *map(str, options)], cwd=folder, check=True)
+    assert sorted(p.name for p in (folder / "logs").iterdir()) == [
+        "resnet18_log.txt",
+        "resnet18_summary.json",
+        "resnet18_time.png",
+    ]
+    return read_figures(folder)
+
+
+def test_evaluation_is_right(run, folder, weights, torchvision_logits):
+    """Accuracy against labels chosen so that it is neither 0 nor 100, counted here by itself."""
+    lines, top1, top5 = [], 0, 0
+    for number, (name, _) in enumerate(LABELLED):
+        order = np.argsort(-torchvision_logits(PICTURES / name, centre_crop=True))
+        rank = (0, 3, 7)[number % 3]
+        top1, top5 = top1 + (rank < 1), top5 + (rank < 5)
+        lines.append(f"{name} {order[rank]}\n")
+    (folder / "labels.txt").write_text("".join(lines))
+    shutil.copy(weights, folder / "own.pth")
+    options = ["--model_name", "resnet18", "--weights", "own.pth", "--batch_size", "5"]
+    options += ["--img_root_dir", PICTURES, "--img_cls_file", "labels.txt"]
+    result = run("py_to_py_cls.py", *options)
+    assert result.returncode == 0, result.stderr
+    accuracy = f"* accuracy: top-1 {100 * top1 / 12:.2f} %, top-5 {100 * top5 / 12:.2f} %"
+    assert result.stdout.count(accuracy) == 2
+    assert "same class 12 of 12" in result.stdout
+    log = (folder / "logs" / "resnet18-own_log.txt").read_text()
+    assert log.count(accuracy) == 2
+    done = re.findall(r"^(\d+) Accuracy for PyTorch", log, re.M)
+    assert done == ["5", "10", "12"]
+    l1, l_inf = map(float, re.findall(r"L1 (\S+), L_inf (\S+),", log)[-1])
+    assert 0 < l1 <= l_inf < 1e-3
+    chart = cv2.imread(str(folder / "logs" / "resnet18-own_time.png"))
+    assert chart.shape[0] > 400 and chart.std() > 10
+    summary = json.loads((folder / "logs" / "resnet18-own_summary.json").read_text())
+    for network in ("PyTorch", f"OpenCV {cv2.__version__}"):
+        assert summary[network]["top1"] == 100 * top1 / 12
+        assert summary[network]["ms_median"] <= summary[network]["ms_p95"]
+    state = hashlib.sha256()
+    for name, tensor in torch.load(weights).items():
+        state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        state.update(tensor.numpy())
+    assert summary["weights_sha256"] == state.hexdigest()
+
+
+def test_evaluation_blob_is_torchvisions(folder):
+    """The true centre crop: torchvision's own transforms on the same resized picture."""
+    from torchvision.transforms import v2
+
+    import py_to_py_cls
+    from default_preprocess_config import pytorch_resize_input_blob
+    from test_config import TestClsConfig
+
+    path = PICTURES / "koala.jpg"
+    rgb = cv2.resize(cv2.imread(str(path))[:, :, ::-1].astype(np.float32), (256, 256)) / 255
+    transforms = v2.Compose(
+        [v2.CenterCrop(224), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    )
+    expected = transforms(torch.from_numpy(rgb).permute(2, 0, 1))[None].numpy()
+    blob = py_to_py_cls.get_tutorial_blob(path, pytorch_resize_input_blob, TestClsConfig())
+    assert blob.dtype == np.float32
+    assert np.abs(blob - expected).max() < 1e-5
+
+
+def test_class_folders_are_classes_in_sorted_order(folder, env, command, whole):
+    subprocess.run(command, cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
+    assert read_figures(folder) == whole
+    assert whole["read"] == 40
+
+
+def test_preprocess_of_the_weights(data):
+    """--preprocess torchvision: what torchvision makes of the picture that PIL reads."""
+    from PIL import Image
+    from torchvision import models
+
+    import py_to_py_cls
+
+    transforms = py_to_py_cls.get_transforms("resnet50", "IMAGENET1K_V2")
+    path = PICTURES / "koala.jpg"
+    expected = models.ResNet50_Weights.IMAGENET1K_V2.transforms()(Image.open(path))[None].numpy()
+    blob = py_to_py_cls.get_torchvision_blob(path, transforms)
+    assert blob.shape == (1, 3, 224, 224)
+    assert np.abs(blob - expected).mean() < 0.02
+    assert py_to_py_cls.get_published("IMAGENET1K_V1", "resnet50") == {
+        "acc@1": 76.13,
+        "acc@5": 92.862,
+    }
+
+
+def test_pictures_that_cannot_be_read(run, folder, weights, model):
+    """Skipped, counted and listed, with the figures of the others; over 1 % the exit code is 1."""
+    for name, _ in LABELLED[:4]:
+        shutil.copy(PICTURES / name, folder)
+    (folder / "cut.jpg").write_bytes((PICTURES / "koala.jpg").read_bytes()[:9000])
+    names = [name for name, _ in LABELLED[:4]] + ["cut.jpg", "missing.jpg"]
+    (folder / "val.txt").write_text("".join(f"{name} 1\n" for name in names))
+    options = ["--weights", weights, "--model", model, "--img_root_dir", ".", "--batch_size", 2]
+    result = run("py_to_py_cls.py", "--model_name", "resnet18", *options)
+    check_one_line(result, "2 of 6 pictures", code=1)
+    log = (folder / "logs" / "resnet18_log.txt").read_text()
+    for text in (result.stdout, log):
+        assert "skipped: 2 pictures" in text
+        assert "cut.jpg: cut short" in text and "missing.jpg: No such file" in text
+    assert read_figures(folder)["read"] == 4
+
+
+def test_odd_pictures(run, folder, weights, model):
+    """Grey, CMYK, alpha, 16 bits, turned by EXIF, one pixel high."""
+    from PIL import Image
+
+    colour = Image.open(PICTURES / "koala.jpg").resize((300, 400))
+    colour.save(folder / "plain.png")
+    colour.convert("L").save(folder / "grey.jpg")
+    colour.convert("CMYK").save(folder / "cmyk.jpg")
+    colour.convert("RGBA").save(folder / "alpha.png")
+    deep = cv2.imread(str(folder / "plain.png")).astype(np.uint16) * 257
+    cv2.imwrite(str(folder / "deep.png"), deep)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees
+    colour.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.jpg", exif=exif, quality=100)
+    Image.new("RGB", (500, 1), (90, 120, 30)).save(folder / "flat.png")
+
+    from classification import read_picture
+
+    plain = read_picture(folder / "plain.png").astype(int)
+    for name in ("alpha.png", "deep.png", "turned.jpg"):
+        assert np.abs(read_picture(folder / name) - plain).mean() < 2, name
+
+    names = sorted(p.name for p in folder.glob("*.*g"))
+    assert len(names) == 7
+    (folder / "val.txt").write_text("".join(f"{name} 1\n" for name in names))
+    options = ["--weights", weights, "--model", model, "--img_root_dir", "."]
+    result = run("py_to_py_cls.py", "--model_name", "resnet18", *options)
+    assert result.returncode == 0, result.stderr
+    assert "same class 7 of 7" in result.stdout
+
+
+def start(command, folder, env, **options):
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def count_batches(folder):
+    """Whole lines of records in the state file."""
+    return sum(p.read_text().count('"batch"') for p in folder.glob("logs/*.state"))
+
+
+def stop_after(process, folder, batches, signum):
+    while count_batches(folder) < batches and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signum)
+    return process.communicate(timeout=60)
+
+
+def test_killed_at_several_points(folder, env, command, whole):
+    """SIGKILL twice, and a line that broke off: the figures are those of an unbroken run."""
+    stop_after(start(command, folder, env), folder, 2, signal.SIGKILL)
+    first = count_batches(folder)
+    stop_after(start(command, folder, env), folder, first + 2, signal.SIGKILL)
+    assert 4 <= count_batches(folder) < 10
+    assert not (folder / "logs" / "resnet18_summary.json").exists()
+    (state,) = folder.glob("logs/*.state")
+    with open(state, "a") as file:
+        file.write('{"batch": 9, "pict')
+    done = count_batches(folder) - 1
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"going on after {4 * done} of 40 pictures" in result.stdout
+    assert read_figures(folder) == whole
+    assert not list(folder.glob("logs/*.state"))
+
+
+def test_ctrl_c_and_other_settings(folder, env, command):
+    """The results so far, marked as partial; a run of other settings doesn't take them over."""
+    process = start(command, folder, env)
+    stdout, stderr = stop_after(process, folder, 2, signal.SIGINT)
+    assert process.returncode == 130
+    assert stderr.splitlines() == ["py_to_py_cls.py: stopped by Ctrl-C"]
+    assert "PARTIAL" in stdout and "PARTIAL" in (folder / "logs" / "resnet18_log.txt").read_text()
+    assert read_figures(folder)["partial"]
+    state = list(folder.glob("logs/*.state"))
+    other = [*command, "--batch_size", "20"]
+    result = subprocess.run(other, cwd=folder, env=env, capture_output=True, text=True)
+    assert "going on" not in result.stdout
+    assert list(folder.glob("logs/*.state")) == state
+    result = subprocess.run(
+        [*command, "--resume", "False"], cwd=folder, env=env, capture_output=True, text=True
+    )
+    assert "going on" not in result.stdout
+    assert not list(folder.glob("logs/*.state"))
+
+
+def test_full_disk(folder, env, command, whole):
+    """A limit on the size of a file stands in for it: one line, and the state so far intact."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
+    process = start(command, folder, env, preexec_fn=limit)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert len(stderr.splitlines()) == 1 and "can't be written" in stderr
+    assert count_batches(folder) >= 1
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert "going on after" in result.stdout
+    assert read_figures(folder) == whole
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def test_two_processes_give_the_figures_of_one(folder, env, command, whole):
+    torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *command[1:]]
+    result = subprocess.run(torchrun, cwd=folder, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("same class 40 of 40") == 1
+    assert read_figures(folder) == whole
+    assert sorted(p.suffix for p in (folder / "logs").iterdir()) == [".json", ".png", ".txt"]
+
+
+def test_two_machines_give_the_figures_of_one(folder, env, command, whole, free_port):
+    """Two agents, as they are started on two machines, each in a folder of its own."""
+    agents = []
+    for rank in range(2):
+        (folder / f"machine{rank}").mkdir()
+        torchrun = [*TORCHRUN, "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1"]
+        torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(free_port), *command[1:]]
+        agents.append(start(torchrun, folder / f"machine{rank}", env))
+    for agent in agents:
+        _, stderr = agent.communicate(timeout=300)
+        assert agent.returncode == 0, stderr
+    assert read_figures(folder / "machine0") == whole
+    assert not list((folder / "machine1").glob("logs/*.json"))
+
+
+def test_a_rank_that_dies_ends_the_run(folder, env, command):
+    torchrun = [
+        *TORCHRUN,
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *command[1:],
+        "--batch_size",
+        "1",
+    ]
+    agent = start(torchrun, folder, env)
+    while count_batches(folder) < 2 and agent.poll() is None:
+        time.sleep(0.01)
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(agent.pid), "-f", "py_to_py_cls"], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    agent.communicate(timeout=120)
+    assert agent.returncode != 0
+    assert not (folder / "logs" / "resnet18_summary.json").exists()
