@@ -721,6 +721,8 @@ def get_about(key, engine, processes, seconds, forward_seconds):
         "engine": engine,
         "processes": processes,
         "processor": get_processor(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
         "threads": {"torch": torch.get_num_threads(), "opencv": cv2.getNumThreads()},
         "seconds": seconds,  # of this process, since it was started the last time
         "forward_seconds": forward_seconds,

@@ -22,6 +22,7 @@ def pytest_addoption(parser):
 def env(tmp_path):
     """No display, no network (a proxy that refuses), an empty cache of weights."""
     env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    env["OMP_WAIT_POLICY"] = "PASSIVE"  # PyTorch's threads take no time from the other tests
     env["TORCH_HOME"] = str(tmp_path / "torch_home")
     for scheme in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         env[scheme] = "http://127.0.0.1:9"

@@ -1,4 +1,7 @@
-"""Every network of the list, converted and compared: python -m pytest --all-models -s"""
+"""Every network of the list, converted and compared:
+
+python -m pytest --all-models -n 0 -s tests/test_all_models.py
+"""
 
 import re
 
