@@ -609,7 +609,10 @@ def get_output_paths(sources, model, output):
             paths.append(folder / f"{stem}_{Path(model).stem}{suffix}")
     for (kind, _), path in zip(sources, paths, strict=True):
         if path.suffix.lower() not in SUFFIXES[kind]:
-            raise RequestError(f"--output {path}: a {kind} is saved as {' '.join(SUFFIXES[kind])}")
+            raise RequestError(
+                f"--output {path}: a {kind} is saved as {' '.join(SUFFIXES[kind])}; a folder with "
+                "a dot in its name must be there already"
+            )
         if paths.count(path) > 1:
             raise RequestError(f"two results would be saved as {path}; classify them one by one")
         if path.exists() and any(path.samefile(s) for _, s in sources if Path(s).exists()):
@@ -735,7 +738,8 @@ def open_video(part, output, capture, frame):
 def main():
     args = parse_args()
     if "OPENCV_LOG_LEVEL" not in os.environ:  # what goes wrong is said here, in one line
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4, 5
+        set_log_level(0)  # silent
     model, sources = split_inputs(args.input, args.model)
     sources = expand_sources(sources)
     outputs = get_output_paths(sources, model, args.output)

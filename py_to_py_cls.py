@@ -416,32 +416,41 @@ def get_torchvision_blob(path, transforms):
     return transforms(torch.from_numpy(rgb).permute(2, 0, 1))[None].numpy()
 
 
-def get_transforms(model_name, weights):
+def get_transforms(model_name, weights, frame_size):
     """torchvision's transforms of these weights, or of the network's first where they have none."""
     from torchvision import models
 
     known = models.get_model_weights(model_name).__members__
-    return known.get(weights, known[DEFAULT_WEIGHTS]).transforms()
+    transforms = known.get(weights, known[DEFAULT_WEIGHTS]).transforms()
+    if transforms.crop_size != [frame_size]:
+        raise RequestError(
+            f"--preprocess torchvision cuts {transforms.crop_size[0]} pixels, and --frame_size is "
+            f"{frame_size}: leave it out"
+        )
+    return transforms
 
 
-def read_batch(batch, get_blob, workers):
-    """(blob, labels, names, skipped) of [(path, class ID)]: blob (batch, 3, height, width).
+def read_batch(batch, get_blob, workers, buffer):
+    """(blob, labels, names, skipped) of [(path, class ID)]: blob (pictures, 3, height, width).
 
-    Decoded by the workers, each with pictures of its own. What can't be read is skipped, as
-    [path, reason].
+    Decoded by the workers, each with pictures of its own, into the rows of `buffer`, which is
+    used again for each batch: fresh memory would be scattered more and more. What can't be read
+    is skipped, as [path, reason].
     """
 
-    def read(item):
+    def read(row, path):
         try:
-            return get_blob(item[0])
+            buffer[row] = get_blob(path)[0]
         except RequestError as error:
             return str(error)
+        return None
 
-    results = list(workers.map(read, batch))
-    read = [i for i, result in enumerate(results) if not isinstance(result, str)]
-    skipped = [[batch[i][0], results[i]] for i in range(len(batch)) if i not in set(read)]
-    blob = np.concatenate([results[i] for i in read]) if read else None
-    return blob, [batch[i][1] for i in read], [batch[i][0] for i in read], skipped
+    paths = [path for path, _ in batch]
+    reasons = list(workers.map(read, range(len(batch)), paths))
+    rows = [row for row, reason in enumerate(reasons) if reason is None]
+    skipped = [[p, reason] for p, reason in zip(paths, reasons, strict=True) if reason is not None]
+    blob = buffer[: len(batch)] if not skipped else buffer[rows]
+    return blob, [batch[row][1] for row in rows], [paths[row] for row in rows], skipped
 
 
 # --- evaluation mode: the two networks ------------------------------------------------------------
@@ -828,6 +837,7 @@ def evaluate(model, onnx_path, pictures, get_blob, sample_blob, key, args, rank,
     append_state(state_path, {"engine": engine})
 
     todo = [i for i in range(len(batches)) if i not in records][rank::processes]
+    buffer = np.empty((min(size, len(pictures)), *sample_blob.shape[1:]), np.float32)
     start, forward_seconds, interrupted = time.perf_counter(), 0.0, False
     total = sum(len(batches[i]) for i in todo)
     with (
@@ -837,7 +847,7 @@ def evaluate(model, onnx_path, pictures, get_blob, sample_blob, key, args, rank,
         try:
             for i in todo:
                 # decoding has all cores between the passes, and none during them
-                blob, labels, names, skipped = read_batch(batches[i], get_blob, workers)
+                blob, labels, names, skipped = read_batch(batches[i], get_blob, workers, buffer)
                 record = {"batch": i, "warm_up": i == todo[0], "pictures": 0, "skipped": skipped}
                 if labels:
                     record |= evaluate_batch(networks, blob, labels, names)
@@ -925,7 +935,7 @@ def main():
     code = test(onnx_path, module_config, options) if args.test and rank == 0 else 0
     if do_evaluate:
         if args.preprocess == "torchvision":
-            preprocessing = get_transforms(args.model_name, origin)
+            preprocessing = get_transforms(args.model_name, origin, config.frame_size)
             get_blob = functools.partial(get_torchvision_blob, transforms=preprocessing)
         else:
             get_blob = functools.partial(

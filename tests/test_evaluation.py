@@ -142,7 +142,7 @@ def test_preprocess_of_the_weights(data):
 
     import py_to_py_cls
 
-    transforms = py_to_py_cls.get_transforms("resnet50", "IMAGENET1K_V2")
+    transforms = py_to_py_cls.get_transforms("resnet50", "IMAGENET1K_V2", 224)
     path = PICTURES / "koala.jpg"
     expected = models.ResNet50_Weights.IMAGENET1K_V2.transforms()(Image.open(path))[None].numpy()
     blob = py_to_py_cls.get_torchvision_blob(path, transforms)
