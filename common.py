@@ -6,6 +6,7 @@ and a mistyped option is answered at once.
 
 import hashlib
 import http.client
+import importlib.metadata
 import os
 import pickle
 import queue
@@ -150,9 +151,9 @@ def download(url, path, sha256_start, timeout=DOWNLOAD_TIMEOUT):
         try:
             item = received.get(timeout=timeout)
         except queue.Empty:
-            raise RequestError(f"{url}: no byte in {timeout} s") from None
+            raise RequestError(f"{path.name}: no byte in {timeout} s") from None
         if isinstance(item, Exception):
-            raise RequestError(f"{url}: {getattr(item, 'reason', item)}")
+            raise RequestError(f"{path.name}: {getattr(item, 'reason', item)}")
         return item
 
     threading.Thread(target=read, daemon=True).start()
@@ -168,7 +169,7 @@ def download(url, path, sha256_start, timeout=DOWNLOAD_TIMEOUT):
             digest.update(chunk)
             bar.update(len(chunk))
         if not digest.hexdigest().startswith(sha256_start):
-            raise RequestError(f"{url}: broke off after {file.tell()} of {size} bytes")
+            raise RequestError(f"{path.name}: broke off after {file.tell()} of {size} bytes")
 
 
 def load_state_dict(model_name, path):
@@ -309,6 +310,7 @@ def get_conversion_key(model, origin, blob_shape):
         "input": "x".join(map(str, blob_shape[1:])),
         "opset": str(OPSET_VERSION),
         "torch": torch.__version__,
+        "torchvision": importlib.metadata.version("torchvision"),
         "verified_with_opencv": cv2.__version__,
     }
 
@@ -390,8 +392,8 @@ def run_pytorch(model, blob, memory_format=None):
 
 def run_opencv(net, blob):
     """OpenCV's logits, likewise."""
-    net.setInput(blob)
     try:
+        net.setInput(blob)
         return net.forward()
     except cv2.error as error:
         raise NetworksDisagree(

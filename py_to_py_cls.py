@@ -13,7 +13,6 @@ import datetime
 import difflib
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -500,7 +499,7 @@ def choose_engine(onnx_path, blob, engine):
         raise NetworksDisagree(f"{onnx_path}: no engine of OpenCV {cv2.__version__} can run it")
     name = min(seconds, key=seconds.get)
     timings = ", ".join(f"{n} {s * 1000 / len(blob):.1f} ms" for n, s in seconds.items())
-    print(f"OpenCV's engines: {timings} a picture; taking {name}")
+    print(f"OpenCV's engines: {timings} per picture; taking {name}")
     return name
 
 
@@ -614,7 +613,7 @@ def combine(differences):
 
 
 def get_times(records, network):
-    """ms a picture of each batch, but for each process's first, which warms up (if it can)."""
+    """ms per picture of each batch, but for each process's first, which warms up (if it can)."""
     times = [r[network]["ms"] for r in records if network in r and not r["warm_up"]]
     return times or [r[network]["ms"] for r in records if network in r]
 
@@ -659,7 +658,7 @@ def get_summary(title, figures):
         lines += [
             f"{network}:",
             f"* accuracy: top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} %{published}",
-            f"* inference time, ms a picture: mean {values['ms_mean']:.2f}, "
+            f"* inference time, ms per picture: mean {values['ms_mean']:.2f}, "
             f"median {values['ms_median']:.2f}, 95th percentile {values['ms_p95']:.2f}",
         ]
     lines.append(f"PyTorch vs OpenCV: {Difference(**figures['difference'])}")
@@ -697,7 +696,7 @@ def draw_times(records, title, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="batch", ylabel="ms a picture", title=title)
+    axes = figure.add_subplot(xlabel="batch", ylabel="ms per picture", title=title)
     marker = "o-" if len(records) <= 50 else "-"
     for number, network in enumerate(NETWORKS):
         batches = [batch for batch in sorted(records) if network in records[batch]]
@@ -757,7 +756,7 @@ def write_results(stem, title, records, figures, about):
         part.write_text("\n".join([title, *get_log_lines(records), *summary, ""]), "utf-8")
     with whole_file(json_path) as part:
         part.write_text(json.dumps(about | figures, indent=2) + "\n", "utf-8")
-    draw_times(records, f"{title}, {figures['read']} pictures", chart_path)
+    draw_times(records, f"{title}: inference time, {figures['read']} pictures", chart_path)
     print(*summary, f"log: {log_path}", f"summary: {json_path}", f"chart: {chart_path}", sep="\n")
     sys.stdout.flush()
 
@@ -945,7 +944,6 @@ def main():
             "model": args.model_name,
             **get_conversion_key(model, origin, sample_blob.shape),
             "onnx_sha256": hashlib.sha256(onnx_path.read_bytes()).hexdigest(),
-            "torchvision": importlib.metadata.version("torchvision"),
             "data": root,
             "data_sha256": get_data_fingerprint(pictures, root),
             "batch_size": config.batch_size,
