@@ -1,8 +1,11 @@
 """Convert a torchvision classifier to ONNX, prove it in OpenCV, then test or evaluate it.
 
-python py_to_py_cls.py --model_name resnet50 --test True    # classify one picture
-python py_to_py_cls.py --model_name resnet50                # evaluate both networks
-python py_to_py_cls.py --model_name resnet50 --evaluate False    # only convert and compare
+    python py_to_py_cls.py --model_name resnet50 --test True         # classify one picture
+    python py_to_py_cls.py --model_name resnet50                     # evaluate both networks
+    python py_to_py_cls.py --model_name resnet50 --evaluate False    # only convert and compare
+    torchrun --nproc-per-node 2 py_to_py_cls.py --model_name resnet50    # evaluate, two processes
+
+What is written goes to models/, results/ and logs/ in the current folder.
 """
 
 import argparse
@@ -649,8 +652,9 @@ def get_figures(records, total, published):
 
 def get_summary(title, figures):
     """The lines that end the log and the output."""
-    part = f"PARTIAL: {figures['read']} of " if figures["partial"] else ""
-    lines = [f"{title}, {part}{figures['pictures']} pictures:"]
+    read, total = figures["read"], figures["pictures"]
+    count = f"{read}" if read == total else f"{read} of {total}"
+    lines = [f"{title}, {'PARTIAL: ' if figures['partial'] else ''}{count} pictures:"]
     for network in NETWORKS:
         values = figures[network]
         published = ", ".join(f"{k} {v} %" for k, v in figures["published"].items())
@@ -920,10 +924,10 @@ def main():
             raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")
     bundled = True
     if do_evaluate:
-        Path(LOGS_DIR).mkdir(exist_ok=True)
         preprocessing = get_preprocessing(True, module_config, given)
         check_frame_size(config, module_config, preprocessing)
         pictures, root, bundled = get_labelled_pictures(config, given)
+        Path(LOGS_DIR).mkdir(exist_ok=True)
 
     rank, processes = join_processes()
     if do_evaluate and bundled:

@@ -1,7 +1,9 @@
 """ResNet-50 from PyTorch to OpenCV, step by step: convert it, read it, see the same answer.
 
-python py_to_py_resnet50.py
-python py_to_py_resnet50.py --input_img cat.jpg
+    python py_to_py_resnet50.py
+    python py_to_py_resnet50.py --input_img cat.jpg
+
+The converted network is kept in models/ in the current folder.
 """
 
 import argparse
