@@ -271,9 +271,9 @@ def export_onnx(model, path, blob_shape):
     """
     import torch
 
-    # PyTorch 2.14 prints pages of its graph where an export fails: its switch for that has no
-    # effect, since setup_onnx_logging doesn't call the function it asks.
-    torch._C._jit_onnx_log = lambda *_: None
+    # A failing export prints pages of its graph, because setup_onnx_logging switches that on
+    # whether it was on or not (seen with PyTorch 2.14 and 2.15): so the switch is disarmed.
+    torch._C._jit_set_onnx_log_enabled = lambda enabled: None
     with warnings.catch_warnings():
         # DeprecationWarning and UserWarning: what the file is worth is verified after this
         warnings.simplefilter("ignore")
