@@ -14,7 +14,6 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
-import functools
 import hashlib
 import json
 import os
@@ -432,6 +431,13 @@ def get_transforms(model_name, weights, frame_size):
     return transforms
 
 
+def get_blob_function(preprocessing, config):
+    """get_blob(path) for a preprocessing, the tutorial's dictionary or torchvision's transforms."""
+    if isinstance(preprocessing, dict):
+        return lambda path: get_tutorial_blob(path, preprocessing, config)
+    return lambda path: get_torchvision_blob(path, preprocessing)
+
+
 def read_batch(batch, get_blob, workers, buffer):
     """(blob, labels, names, skipped) of [(path, class ID)]: blob (pictures, 3, height, width).
 
@@ -545,6 +551,22 @@ def count_correct(logits, labels, k):
 # to. All figures are computed from these records, in the order of the batches: so a run that was
 # killed and goes on ends with the figures of one that was never stopped, and several processes
 # end with those of one.
+
+
+def get_evaluation_key(args, config, preprocessing, onnx_path, pictures, root):
+    """All that the figures depend on, besides get_conversion_key: only such a run is resumed."""
+    return {
+        "model": args.model_name,
+        "onnx_sha256": hashlib.sha256(onnx_path.read_bytes()).hexdigest(),
+        "data": root,
+        "data_sha256": get_data_fingerprint(pictures, root),
+        "batch_size": config.batch_size,
+        "frame_size": config.frame_size,
+        "bgr_to_rgb": config.bgr_to_rgb,
+        "preprocess": args.preprocess,
+        "preprocessing": str(preprocessing),
+        "engine_option": args.engine,
+    }
 
 
 def get_state_paths(stem, key, rank):
@@ -939,24 +961,9 @@ def main():
     if do_evaluate:
         if args.preprocess == "torchvision":
             preprocessing = get_transforms(args.model_name, origin, config.frame_size)
-            get_blob = functools.partial(get_torchvision_blob, transforms=preprocessing)
-        else:
-            get_blob = functools.partial(
-                get_tutorial_blob, preprocessing=preprocessing, config=config
-            )
-        key = {
-            "model": args.model_name,
-            **get_conversion_key(model, origin, sample_blob.shape),
-            "onnx_sha256": hashlib.sha256(onnx_path.read_bytes()).hexdigest(),
-            "data": root,
-            "data_sha256": get_data_fingerprint(pictures, root),
-            "batch_size": config.batch_size,
-            "frame_size": config.frame_size,
-            "bgr_to_rgb": config.bgr_to_rgb,
-            "preprocess": args.preprocess,
-            "preprocessing": str(preprocessing),
-            "engine_option": args.engine,
-        }
+        get_blob = get_blob_function(preprocessing, config)
+        key = get_conversion_key(model, origin, sample_blob.shape)
+        key |= get_evaluation_key(args, config, preprocessing, onnx_path, pictures, root)
         evaluate(model, onnx_path, pictures, get_blob, sample_blob, key, args, rank, processes)
     return code
 
