@@ -106,6 +106,9 @@ class OneLineParser(argparse.ArgumentParser):
 def run(main):
     """Call `main` and end the process with its exit code; an error is one line on stderr."""
     script = Path(sys.argv[0]).name
+    if "OPENCV_LOG_LEVEL" not in os.environ:  # what goes wrong is said here, in one line
+        set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4, 5
+        set_log_level(0)  # silent
     # kill ends the process by an exception, so that no half-written file is left
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     for stream in (sys.stdout, sys.stderr):
@@ -301,7 +304,7 @@ def expand_sources(sources):
             raise RequestError(f"{source}: {reason}; give an existing picture")
         elif path.stat().st_size == 0:
             raise RequestError(f"{source}: the file is empty; give a picture or a video")
-        elif is_picture(path):
+        elif is_picture(path) or path.suffix.lower() in SUFFIXES["picture"]:
             found.append(("picture", source))
         elif cv2.VideoCapture(source).isOpened():
             found.append(("video", source))
@@ -737,9 +740,6 @@ def open_video(part, output, capture, frame):
 
 def main():
     args = parse_args()
-    if "OPENCV_LOG_LEVEL" not in os.environ:  # what goes wrong is said here, in one line
-        set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4, 5
-        set_log_level(0)  # silent
     model, sources = split_inputs(args.input, args.model)
     sources = expand_sources(sources)
     outputs = get_output_paths(sources, model, args.output)

@@ -234,8 +234,14 @@ def get_random_network(model_name):
 
 def get_onnx_path(model_name, origin, models_dir):
     """Where the converted network is kept: all but the default weights are told by the name."""
-    suffix = RANDOM_SUFFIX if origin == RANDOM else f"-{Path(origin).stem}"
-    return Path(models_dir) / f"{model_name}{'' if origin == DEFAULT_WEIGHTS else suffix}.onnx"
+    if origin == DEFAULT_WEIGHTS:
+        name = model_name
+    elif origin == RANDOM:
+        name = model_name + RANDOM_SUFFIX
+    else:
+        name = f"{model_name}-{Path(origin).stem}"
+        name += "-weights" if name.endswith(RANDOM_SUFFIX) else ""  # a file called random.pth
+    return Path(models_dir) / f"{name}.onnx"
 
 
 def convert(model, origin, onnx_path, sample_blob):

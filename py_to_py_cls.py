@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import difflib
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -106,6 +107,8 @@ NETWORKS = ("PyTorch", f"OpenCV {cv2.__version__}")
 PICTURE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"
 )  # fmt: skip
+# So many batches after which the processes of a run see whether all of them are still there.
+ROLL_CALL = 10
 MAX_SKIPPED = 0.01  # of the pictures: over that, an evaluation ends with exit code 1
 
 
@@ -342,7 +345,9 @@ def read_val_file(path, root):
         ) from None
     pictures = []
     for number, line in enumerate(lines, 1):
-        *name, label = line.rsplit(maxsplit=1) or [""]
+        if not line.strip():
+            continue
+        *name, label = line.rsplit(maxsplit=1)
         if not name or not (label.isascii() and label.isdecimal() and len(label) < 10):
             raise RequestError(f"{path}, line {number}: '{line[:60]}' is not 'name class-ID'")
         pictures.append((os.path.join(root, name[0]), int(label)))
@@ -362,13 +367,21 @@ def check_class_ids(pictures, classes):
 
 
 def get_data_fingerprint(pictures, root):
-    """SHA-256 over the names, sizes and labels of the pictures: which data a figure is of."""
-    digest = hashlib.sha256()
+    """SHA-256 over the pictures' names, sizes and labels, and one over when they were changed.
+
+    The first tells a copy of a data set from another set, the second whether it was touched
+    since. Their content is not read: that would take as long as decoding it.
+    """
+    data, times = hashlib.sha256(), hashlib.sha256()
     for path, class_id in pictures:
-        size = os.path.getsize(path) if os.path.isfile(path) else None
         name = os.path.relpath(path, root)
-        digest.update(f"{name}\n{size}\n{class_id}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+        size = time_ns = None
+        if os.path.isfile(path):
+            status = os.stat(path)
+            size, time_ns = status.st_size, status.st_mtime_ns
+        data.update(f"{name}\n{size}\n{class_id}\n".encode(errors="surrogateescape"))
+        times.update(f"{time_ns}\n".encode())
+    return {"data_sha256": data.hexdigest(), "data_times_sha256": times.hexdigest()}
 
 
 # --- evaluation mode: preprocessing ---------------------------------------------------------------
@@ -550,7 +563,7 @@ def count_correct(logits, labels, k):
 # Each finished batch is a line of JSON in a state file, whose first line says what run it belongs
 # to. All figures are computed from these records, in the order of the batches: so a run that was
 # killed and goes on ends with the figures of one that was never stopped, and several processes
-# end with those of one.
+# end with those of one, as long as PyTorch's rounding doesn't depend on its number of threads.
 
 
 def get_evaluation_key(args, config, preprocessing, onnx_path, pictures, root):
@@ -559,12 +572,14 @@ def get_evaluation_key(args, config, preprocessing, onnx_path, pictures, root):
         "model": args.model_name,
         "onnx_sha256": hashlib.sha256(onnx_path.read_bytes()).hexdigest(),
         "data": root,
-        "data_sha256": get_data_fingerprint(pictures, root),
+        **get_data_fingerprint(pictures, root),
         "batch_size": config.batch_size,
         "frame_size": config.frame_size,
         "bgr_to_rgb": config.bgr_to_rgb,
         "preprocess": args.preprocess,
-        "preprocessing": str(preprocessing),
+        "preprocessing": {k: v for k, v in preprocessing.items() if k not in ("crop", "rgb")}
+        if isinstance(preprocessing, dict)
+        else str(preprocessing),
         "engine_option": args.engine,
     }
 
@@ -672,7 +687,7 @@ def get_figures(records, total, published):
     return figures
 
 
-def get_summary(title, figures):
+def get_summary(title, figures, about):
     """The lines that end the log and the output."""
     read, total = figures["read"], figures["pictures"]
     count = f"{read}" if read == total else f"{read} of {total}"
@@ -687,6 +702,11 @@ def get_summary(title, figures):
             f"* inference time, ms per picture: mean {values['ms_mean']:.2f}, "
             f"median {values['ms_median']:.2f}, 95th percentile {values['ms_p95']:.2f}",
         ]
+    threads = about["threads"]
+    lines.append(
+        f"threads: PyTorch {threads['torch']}, OpenCV {threads['opencv']}, in "
+        f"{about['processes']} process(es); OpenCV's engine: {about['engine']}"
+    )
     lines.append(f"PyTorch vs OpenCV: {Difference(**figures['difference'])}")
     for name, a, b in figures["disagreements"]:
         lines.append(f"* not the same class: {name}: PyTorch {a}, OpenCV {b}")
@@ -756,6 +776,7 @@ def get_about(key, engine, processes, seconds, forward_seconds):
         "processes": processes,
         "processor": get_processor(),
         "python": platform.python_version(),
+        "onnx_package": importlib.metadata.version("onnx"),
         "numpy": np.__version__,
         "threads": {"torch": torch.get_num_threads(), "opencv": cv2.getNumThreads()},
         "seconds": seconds,  # of this process, since it was started the last time
@@ -777,7 +798,7 @@ def write_results(stem, title, records, figures, about):
     log_path, json_path, chart_path = (
         Path(LOGS_DIR) / f"{stem}_{end}" for end in ("log.txt", "summary.json", "time.png")
     )
-    summary = get_summary(title, figures)
+    summary = get_summary(title, figures, about)
     with whole_file(log_path) as part:
         part.write_text("\n".join([title, *get_log_lines(records), *summary, ""]), "utf-8")
     with whole_file(json_path) as part:
@@ -797,21 +818,30 @@ def join_processes():
         return 0, 1
     import torch.distributed as dist
 
-    # gloo notices a rank that dies by itself; the timeout is for one that is only slower
-    dist.init_process_group("gloo", timeout=datetime.timedelta(hours=6))
+    # gloo notices by itself that a rank has died, but not that its machine has lost its power
+    dist.init_process_group("gloo", timeout=datetime.timedelta(hours=1))
     if dist.get_rank() != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     return dist.get_rank(), processes
 
 
 def gather(value, processes):
-    """The `value` of each process, by rank, in every process; so it is a barrier as well."""
+    """The `value` of each process, by rank, in every process; so it is a barrier as well.
+
+    Raises RequestError where one of them has died.
+    """
     if processes == 1:
         return [value]
     import torch.distributed as dist
 
     values = [None] * processes
-    dist.all_gather_object(values, value)
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError:
+        raise RequestError(
+            "another process of this run has ended; what was evaluated is kept: the same command "
+            "goes on from there"
+        ) from None
     return values
 
 
@@ -861,7 +891,8 @@ def evaluate(model, onnx_path, pictures, get_blob, sample_blob, key, args, rank,
     check_class_ids(pictures, run_on_pytorch(few).shape[1])
     append_state(state_path, {"engine": engine})
 
-    todo = [i for i in range(len(batches)) if i not in records][rank::processes]
+    missing = [i for i in range(len(batches)) if i not in records]
+    todo = missing[rank::processes]
     buffer = np.empty((min(size, len(pictures)), *sample_blob.shape[1:]), np.float32)
     start, forward_seconds, interrupted = time.perf_counter(), 0.0, False
     total = sum(len(batches[i]) for i in todo)
@@ -869,19 +900,24 @@ def evaluate(model, onnx_path, pictures, get_blob, sample_blob, key, args, rank,
         ThreadPoolExecutor(os.cpu_count()) as workers,
         tqdm(total=total, unit=" pictures", disable=None if rank == 0 else True) as bar,
     ):
-        try:
-            for i in todo:
+        for turn in range(-(-len(missing) // processes)):  # as many for each process
+            if turn % ROLL_CALL == 0 and any(gather(interrupted, processes)):
+                break
+            if interrupted or turn >= len(todo):
+                continue
+            i = todo[turn]
+            try:
                 # decoding has all cores between the passes, and none during them
                 blob, labels, names, skipped = read_batch(batches[i], get_blob, workers, buffer)
-                record = {"batch": i, "warm_up": i == todo[0], "pictures": 0, "skipped": skipped}
+                record = {"batch": i, "warm_up": turn == 0, "pictures": 0, "skipped": skipped}
                 if labels:
                     record |= evaluate_batch(networks, blob, labels, names)
                     forward_seconds += sum(record[n]["ms"] for n in NETWORKS) * len(labels) / 1000
                 append_state(state_path, record)
                 records[i] = record
                 bar.update(len(batches[i]))
-        except KeyboardInterrupt:
-            interrupted = True
+            except KeyboardInterrupt:
+                interrupted = True
     seconds = time.perf_counter() - start
 
     for found in gather(records, processes):
@@ -896,6 +932,7 @@ def evaluate(model, onnx_path, pictures, get_blob, sample_blob, key, args, rank,
         write_results(stem, title, records, figures, about)
     if interrupted:
         raise KeyboardInterrupt
+    gather(None, processes)  # the states are kept until rank 0 has written the figures
     for path in {*state_files, state_path}:
         path.unlink(missing_ok=True)
     if rank == 0:

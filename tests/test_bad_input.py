@@ -57,6 +57,12 @@ def test_model(run, model, folder, size):
     check_one_line(result, "net.onnx", "no such file" if size is None else "cut short")
 
 
+@pytest.mark.parametrize("name", ["page.jpg", "page.png"])
+def test_no_picture_but_named_like_one(run, model, folder, name):
+    (folder / name).write_text("<html>404</html>")
+    check_one_line(run("classification.py", "--input", model, name), name, "no picture")
+
+
 def test_no_model_and_two_models(run, model):
     check_one_line(run("classification.py", "--input", KOALA), "no model")
     check_one_line(run("classification.py", "--input", model, "b.onnx", KOALA), "more than one")

@@ -54,7 +54,7 @@ def read_figures(folder, name="resnet18_summary.json"):
         if isinstance(network, dict) and "ms_mean" in network:
             for name in times:
                 assert network.pop(name) > 0
-    about = ("seconds", "forward_seconds", "processes", "threads", "processor")
+    about = ("seconds", "forward_seconds", "processes", "threads", "processor", "data_times_sha256")
     return {k: v for k, v in summary.items() if k not in about}
 
 
@@ -160,7 +160,7 @@ def test_pictures_that_cannot_be_read(run, folder, weights, model):
         shutil.copy(PICTURES / name, folder)
     (folder / "cut.jpg").write_bytes((PICTURES / "koala.jpg").read_bytes()[:9000])
     names = [name for name, _ in LABELLED[:4]] + ["cut.jpg", "missing.jpg"]
-    (folder / "val.txt").write_text("".join(f"{name} 1\n" for name in names))
+    (folder / "val.txt").write_text("".join(f"{name} 1\n\n" for name in names))
     options = ["--weights", weights, "--model", model, "--img_root_dir", ".", "--batch_size", 2]
     result = run("py_to_py_cls.py", "--model_name", "resnet18", *options)
     check_one_line(result, "2 of 6 pictures", code=1)
@@ -244,8 +244,8 @@ def test_killed_at_several_points(folder, env, command, whole):
     assert not list(folder.glob("logs/*.state"))
 
 
-def test_ctrl_c_and_other_settings(folder, env, command):
-    """The results so far, marked as partial; a run of other settings doesn't take them over."""
+def test_ctrl_c_and_other_settings(folder, env, command, data):
+    """The results so far, marked as partial; other data or settings don't take them over."""
     process = start(command, folder, env)
     stdout, stderr = stop_after(process, folder, 2, signal.SIGINT)
     assert process.returncode == 130
@@ -253,13 +253,19 @@ def test_ctrl_c_and_other_settings(folder, env, command):
     assert "PARTIAL" in stdout and "PARTIAL" in (folder / "logs" / "resnet18_log.txt").read_text()
     assert read_figures(folder)["partial"]
     state = list(folder.glob("logs/*.state"))
+    os.utime(data / "folders" / "class0" / "picture00.jpg")
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert "going on" not in result.stdout
     other = [*command, "--batch_size", "20"]
     result = subprocess.run(other, cwd=folder, env=env, capture_output=True, text=True)
     assert "going on" not in result.stdout
     assert list(folder.glob("logs/*.state")) == state
-    result = subprocess.run(
-        [*command, "--resume", "False"], cwd=folder, env=env, capture_output=True, text=True
-    )
+
+
+def test_resume_false_starts_anew(folder, env, command):
+    stop_after(start(command, folder, env), folder, 2, signal.SIGKILL)
+    anew = [*command, "--resume", "False"]
+    result = subprocess.run(anew, cwd=folder, env=env, capture_output=True, text=True)
     assert "going on" not in result.stdout
     assert not list(folder.glob("logs/*.state"))
 
@@ -318,4 +324,17 @@ def test_a_rank_that_dies_ends_the_run(folder, env, command, whole):
     assert not (folder / "logs" / "resnet18_summary.json").exists()
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert "going on after" in result.stdout
+    assert read_figures(folder) == whole
+
+
+def test_results_that_cannot_be_written_under_torchrun(folder, env, command, whole):
+    """The states of all processes are kept."""
+    (folder / "logs" / "resnet18_log.txt").mkdir(parents=True)
+    torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *command[1:]]
+    result = subprocess.run(torchrun, cwd=folder, env=env, capture_output=True, text=True)
+    assert result.returncode != 0 and "resnet18_log.txt: can't be written" in result.stderr
+    assert count_batches(folder) == 10
+    (folder / "logs" / "resnet18_log.txt").rmdir()
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert "going on after 40 of 40 pictures" in result.stdout
     assert read_figures(folder) == whole

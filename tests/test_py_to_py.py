@@ -191,6 +191,14 @@ def test_outputs_that_prove_nothing(folder, value):
     assert list(folder.iterdir()) == []
 
 
+def test_a_file_called_random_is_not_taken_for_random_weights(run, folder, weights):
+    shutil.copy(weights, folder / "random.pth")
+    options = ["--model_name", "resnet18", "--weights", "random.pth", "--test", "True"]
+    result = run("py_to_py_cls.py", *options)
+    assert result.returncode == 0, result.stderr
+    assert "RANDOM" not in result.stdout
+
+
 def test_random_weights_are_told_by_the_files_metadata(run, folder):
     """Renamed, and the answer is marked all the same."""
     options = ["--model_name", "squeezenet1_1", "--weights", "random", "--evaluate", "False"]
