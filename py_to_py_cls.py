@@ -702,10 +702,11 @@ def get_summary(title, figures, about):
             f"* inference time, ms per picture: mean {values['ms_mean']:.2f}, "
             f"median {values['ms_median']:.2f}, 95th percentile {values['ms_p95']:.2f}",
         ]
-    threads = about["threads"]
+    threads, processes = about["threads"], about["processes"]
+    each = f" in each of {processes} processes" if processes > 1 else ""
     lines.append(
-        f"threads: PyTorch {threads['torch']}, OpenCV {threads['opencv']}, in "
-        f"{about['processes']} process(es); OpenCV's engine: {about['engine']}"
+        f"threads: PyTorch {threads['torch']}, OpenCV {threads['opencv']}{each}; "
+        f"OpenCV's engine: {about['engine']}"
     )
     lines.append(f"PyTorch vs OpenCV: {Difference(**figures['difference'])}")
     for name, a, b in figures["disagreements"]:
