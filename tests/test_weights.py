@@ -152,11 +152,13 @@ def test_bad_weights_file(tmp_path, weights, capfd, kind, words):
     assert "code ran" not in capfd.readouterr().out
 
 
+def test_weights_of_no_name():
+    with pytest.raises(RequestError, match="IMAGENET1K_V9: no file.*IMAGENET1K_V1"):
+        load_network("resnet18", "IMAGENET1K_V9")
+
+
 def test_bad_weights_as_the_user_sees_them(run, folder, weights):
     write_bad_file("code", folder / "bad.pth", weights)
-    options = ["--model_name", "resnet18", "--evaluate", "False", "--weights"]
-    check_one_line(run("py_to_py_cls.py", *options, "bad.pth"), "bad.pth")
-    check_one_line(
-        run("py_to_py_cls.py", *options, "IMAGENET1K_V9"), "IMAGENET1K_V9", "IMAGENET1K_V1"
-    )
+    options = ["--model_name", "resnet18", "--evaluate", "False", "--weights", "bad.pth"]
+    check_one_line(run("py_to_py_cls.py", *options), "bad.pth")
     assert {p.name for p in folder.iterdir()} == {"bad.pth"}
