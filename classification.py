@@ -97,7 +97,14 @@ class RequestError(Exception):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the usage above it."""
+    """argparse whose errors are one line, and whose help shows the docstring as it stands."""
+
+    def __init__(self, docstring):
+        super().__init__(
+            description=docstring,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message):
         self.exit(RequestError.exit_code, f"{self.prog}: error: {message} (see --help)\n")
@@ -173,11 +180,7 @@ def available(names):
 # An option is a paragraph here, not an argument a line.
 # fmt: off
 def get_parser():
-    parser = OneLineParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OneLineParser(__doc__)
     add = parser.add_argument
     add("--input", nargs="+", default=[], metavar="FILE",
         help="the converted model (.onnx) and, in any order, the pictures, folders of pictures or "

@@ -132,11 +132,7 @@ def model_name(text):
 
 
 def get_parser():
-    parser = OneLineParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OneLineParser(__doc__)
     add = parser.add_argument
     add(
         "--model_name",

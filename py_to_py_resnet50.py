@@ -6,8 +6,6 @@
 The converted network is kept in models/ in the current folder.
 """
 
-import argparse
-
 import cv2
 import numpy as np
 
@@ -88,11 +86,7 @@ def get_pytorch_dnn_prediction(original_net, preproc_img, imagenet_labels, origi
 
 
 def get_args():
-    parser = OneLineParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OneLineParser(__doc__)
     parser.add_argument(
         "--input_img",
         default=find_bundled(TestClsModuleConfig.input_img),
