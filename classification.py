@@ -353,13 +353,18 @@ def read_picture(path):
     return picture
 
 
-def read_labels(path):
-    """The class names, one a line of the file."""
+def read_lines(path, advice):
+    """The lines of a text file; RequestError, with the advice, where it can't be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise RequestError(f"{path}: {reason}; --classes takes class names, one per line") from None
+        raise RequestError(f"{path}: {reason}; {advice}") from None
+
+
+def read_labels(path):
+    """The class names, one per line of the file."""
+    return read_lines(path, "--classes takes class names, one per line")
 
 
 def get_labels(classes_file):
@@ -470,14 +475,14 @@ class Answer:
     random: bool  # of a network with random weights
 
 
-def get_answer(logits, seconds, labels, args, model):
+def get_answer(logits, seconds, labels, args, random):
     """The args.top_k best classes of logits (classes,)."""
     best = np.argsort(-logits, kind="stable")[: args.top_k]
     names = fit_labels(labels, args.classes, len(logits))
     return Answer(
         best=[(int(i), names[i] if names else f"Class #{i}", float(logits[i])) for i in best],
         seconds=seconds,
-        random=is_random(model),
+        random=random,
     )
 
 
@@ -748,13 +753,14 @@ def main():
     outputs = get_output_paths(sources, model, args.output)
     labels = get_labels(args.classes)
     net = read_net(args, model)
+    random = is_random(model)
     window = has_display()
     print(describe_preprocessing(args))
 
     def ask(picture):
         """The network's Answer for a BGR picture."""
         logits, seconds = forward(net, get_blob(picture, args))
-        return get_answer(logits, seconds, labels, args, model)
+        return get_answer(logits, seconds, labels, args, random)
 
     for (kind, source), output in zip(sources, outputs, strict=True):
         if kind == "picture":

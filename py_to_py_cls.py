@@ -36,6 +36,7 @@ from classification import (
     parse_bool,
     positive_int,
     read_labels,
+    read_lines,
     read_onnx,
     read_picture,
     run,
@@ -332,13 +333,7 @@ def read_class_folders(root):
 
 def read_val_file(path, root):
     """[(path of the picture, class ID)] from a file like ImageNet's val.txt: lines of "name ID"."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise RequestError(
-            f"{path}: {reason}; --img_cls_file takes lines of 'name class-ID'"
-        ) from None
+    lines = read_lines(path, "--img_cls_file takes lines of 'name class-ID'")
     pictures = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
