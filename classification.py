@@ -5,10 +5,12 @@ Nothing but cv2 and NumPy is needed, so this file can be copied anywhere by itse
     python classification.py --input resnet50.onnx cat.jpg
     python classification.py --model resnet50.onnx --input cat.jpg --top_k 5
     python classification.py --input resnet50.onnx 0                # camera 0
+    python classification.py resnet50 --input cat.jpg               # as models.yml says
 
-Without --scale, --mean and --std, pictures are prepared as torchvision's ImageNet networks
-expect them. With one of these, what is left out is what it is in OpenCV's samples: scale 1,
-mean 0 0 0, no std, no crop, BGR, no initial resize.
+A name is looked up in models.yml, which says what the network needs. Without a name, and without
+--scale, --mean and --std, pictures are prepared as torchvision's ImageNet networks expect them.
+With one of these, what is left out is what it is in OpenCV's samples: scale 1, mean 0 0 0, no
+std, no crop, BGR, no initial resize.
 """
 
 import argparse
@@ -52,11 +54,19 @@ BUNDLED_DATA = Path(__file__).resolve().parent / "test_data" / "cls"
 BUNDLED_PICTURE = BUNDLED_DATA / "red_panda.jpg"
 BUNDLED_LABELS = BUNDLED_DATA / "imagenet_classes.txt"
 
+# Where the entries of converted networks are, seen from the current folder or from this file's.
+ZOO_NAME = "models.yml"
+ZOO_PATHS = (os.path.join("models", ZOO_NAME), ZOO_NAME)
+ZOO_SAMPLE = "classification"  # as the samples of OpenCV call the entries that are for this one
+# What an entry may say besides model and classes, by the names of the options.
+ZOO_OPTIONS = (
+    "mean", "std", "scale", "width", "height", "rgb", "crop", "initial_width", "initial_height"
+)  # fmt: skip
+
 RESULTS_DIR = "results"
-# A model file whose name ends so holds random weights: its answers are marked as worthless.
+# A model file whose name ends so holds random weights, whose answers are marked as worthless; the
+# metadata of the file says it as well.
 RANDOM_SUFFIX = "-random"
-# The same as ONNX metadata, as protobuf writes it: {"weights": "random"}.
-RANDOM_METADATA = b"\n\x07weights\x12\x06random"
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
 WINDOW = "Classification with OpenCV DNN"
@@ -182,6 +192,12 @@ def available(names):
 def get_parser():
     parser = OneLineParser(__doc__)
     add = parser.add_argument
+    add("alias", nargs="?", metavar="NAME",
+        help="the entry of models.yml that names the model and its preprocessing; options given "
+        "here win over it")
+    add("--zoo", metavar="FILE",
+        help=f"the file of the entries (default: {' or '.join(ZOO_PATHS)}, in the current folder "
+        "or beside this script)")
     add("--input", nargs="+", default=[], metavar="FILE",
         help="the converted model (.onnx) and, in any order, the pictures, folders of pictures or "
         "videos to classify, or the number of a camera; with a model alone, the bundled picture")
@@ -224,9 +240,10 @@ def get_parser():
 
     add = parser.add_argument_group("inference").add_argument
     if available(ENGINES):  # OpenCV 5 has two; OpenCV 4 has one and no name for it
-        add("--engine", choices=list(available(ENGINES)), default="auto",
+        add("--engine", choices=list(available(ENGINES)),
             help="OpenCV's inference engine: new is OpenCV 5's own, classic is OpenCV 4's, auto "
-            "tries new first; which is faster depends on the network (default: auto)")
+            "tries new first (default: the one that was right and faster when the model was "
+            "converted, if the file says it, else auto)")
     add("--backend", choices=list(available(BACKENDS)), default="default",
         help="computation backend (default: default)")
     add("--target", choices=list(available(TARGETS)), default="cpu",
@@ -236,22 +253,96 @@ def get_parser():
 
 
 def parse_args(argv=None):
-    """The command line with the preprocessing filled in.
+    """The command line, with what it leaves out filled in.
 
-    With torchvision's values, unless the pixel values are given; then with those of OpenCV's
-    own sample, so that a command line written for it means the same here.
+    From the entry of models.yml where one is named. Else with torchvision's preprocessing, unless
+    the pixel values are given; then with that of OpenCV's own sample, so that a command line
+    written for it means the same here.
     """
     parser = get_parser()
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    if args.alias is not None:
+        args = parser.parse_args([*get_zoo_options(args), *argv])
     if (args.initial_width is None) != (args.initial_height is None):
         parser.error("--initial_width and --initial_height go together")
     own_values = not (args.scale is None and args.mean is None and args.std is None)
-    for name, value in (PLAIN_PREPROCESSING if own_values else TORCHVISION_PREPROCESSING).items():
+    plain = own_values or args.alias is not None
+    for name, value in (PLAIN_PREPROCESSING if plain else TORCHVISION_PREPROCESSING).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.width = args.width or FRAME_SIZE
     args.height = args.height or FRAME_SIZE
     return args
+
+
+def get_zoo_options(args):
+    """The entry args.alias as a command line: what the user gives after it wins."""
+    folders = (Path(), Path(__file__).resolve().parent)
+    paths = [Path(args.zoo)] if args.zoo else [f / path for f in folders for path in ZOO_PATHS]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise RequestError(
+            f"no {paths[0]} with an entry '{args.alias}': convert the network, or name another "
+            "file with --zoo; pictures and models go after --input"
+        )
+    entries = {
+        name: entry
+        for name, entry in read_zoo(path).items()
+        if isinstance(entry, dict) and entry.get("sample") == ZOO_SAMPLE
+    }
+    if args.alias not in entries:
+        names = ", ".join(entries) or "none"
+        raise RequestError(
+            f"{path}: no entry '{args.alias}' for classification, but {names}; pictures and models "
+            "go after --input"
+        )
+    entry = entries[args.alias]
+    options = []
+    if "model" in entry and not any(is_model(item) for item in args.input):
+        options += ["--model", find_beside(path, entry["model"])]
+    if "classes" in entry:
+        options += ["--classes", find_beside(path, entry["classes"])]
+    for name in ZOO_OPTIONS:
+        value = entry.get(name)
+        if value not in (None, []):
+            # argparse takes -1e-05 for an option
+            values = value if isinstance(value, list) else [value]
+            values = [np.format_float_positional(v) if isinstance(v, float) else v for v in values]
+            options += [f"--{name}", *map(str, values)]
+    return options
+
+
+def find_beside(zoo_path, name):
+    """A file that models.yml names: beside it, or else as seen from the current folder."""
+    beside = os.path.normpath(zoo_path.parent / str(name))
+    return beside if os.path.exists(beside) else str(name)
+
+
+def read_zoo(path):
+    """{name: entry} of a models.yml; an entry is a dictionary as well."""
+    try:
+        storage = cv2.FileStorage(check_name(str(path)), cv2.FILE_STORAGE_READ)
+        return read_node(storage.root())
+    except (cv2.error, SystemError):  # SystemError: the constructor's, in OpenCV 4.10 to 5.0
+        raise RequestError(f"{path}: no YAML that cv2.FileStorage can read") from None
+
+
+def read_node(node):
+    """The dictionary, list, number or text that a cv2.FileNode holds.
+
+    `true` is 1 in OpenCV 5.0 and "true" in OpenCV 4; parse_bool takes both.
+    """
+    if node.isSeq():
+        return [read_node(node.at(i)) for i in range(node.size())]
+    if node.isInt():
+        return int(node.real())
+    if node.isReal():
+        return node.real()
+    if node.isString():
+        return node.string()
+    keys = node.keys()  # a cv2.FileNode isn't a dictionary: it can't be iterated over
+    return {name: read_node(node.getNode(name)) for name in keys}
 
 
 def describe_preprocessing(args):
@@ -273,7 +364,7 @@ def describe_preprocessing(args):
 
 def split_inputs(inputs, model=None):
     """Tell the model from what it shall classify: (model, sources)."""
-    models = [item for item in inputs if item.lower().endswith(".onnx")]
+    models = [item for item in inputs if is_model(item)]
     sources = [item for item in inputs if item not in models]
     if model is not None:
         models.append(model)
@@ -285,6 +376,10 @@ def split_inputs(inputs, model=None):
             raise RequestError("no picture given: --input MODEL.onnx PICTURE")
         sources = [str(BUNDLED_PICTURE)]
     return models[0], sources
+
+
+def is_model(name):
+    return name.lower().endswith(".onnx")
 
 
 def expand_sources(sources):
@@ -376,6 +471,7 @@ def get_labels(classes_file):
 
 def read_net(args, model):
     """cv2.dnn.Net of an ONNX file, with the engine, backend and target of the command line."""
+    check_model(model)
     backend = available(BACKENDS)[args.backend]
     target = available(TARGETS)[args.target]
     # OpenCV would go on with the CPU and say so only in its log.
@@ -384,17 +480,24 @@ def read_net(args, model):
             f"this OpenCV has no --target {args.target} on --backend {args.backend}; "
             "leave both out for the CPU"
         )
-    engine = available(ENGINES).get(getattr(args, "engine", None))
+    engines = available(ENGINES)
+    engine = getattr(args, "engine", None)
     if (args.backend, args.target) == ("default", "cpu"):
-        return read_onnx(model, engine)
-    if engine is not None:  # only the classic engine of OpenCV 5.0 knows backends and targets
-        if args.engine == "new":
-            raise RequestError("--engine new runs on the CPU alone: leave out --backend, --target")
-        engine = cv2.dnn.ENGINE_CLASSIC
-    net = read_onnx(model, engine)
+        known = (name for name in engines if has_metadata(model, "engine", name))
+        return read_onnx(model, engines.get(engine or next(known, "auto")))
+    if engine == "new":
+        raise RequestError("--engine new runs on the CPU alone: leave out --backend, --target")
+    # only the classic engine of OpenCV 5.0 knows backends and targets
+    net = read_onnx(model, engines.get("classic"))
     net.setPreferableBackend(backend)
     net.setPreferableTarget(target)
     return net
+
+
+def check_model(path):
+    """Raise RequestError where there is no such file."""
+    if not Path(check_name(str(path))).is_file():
+        raise RequestError(f"{path}: no such file; give a converted model (.onnx)")
 
 
 def read_onnx(path, engine=None):
@@ -402,8 +505,7 @@ def read_onnx(path, engine=None):
 
     Raises RequestError where the file is missing, cut short or not for OpenCV.
     """
-    if not Path(check_name(str(path))).is_file():
-        raise RequestError(f"{path}: no such file; give a converted model (.onnx)")
+    check_model(path)
     engines = [] if engine is None else [engine]
     try:
         return cv2.dnn.readNetFromONNX(str(path), *engines)
@@ -487,10 +589,17 @@ def get_answer(logits, seconds, labels, args, random):
 
 
 def is_random(model):
-    """Whether the file's name or the metadata at its end say that its weights are random."""
+    """Whether the file's name or its metadata say that its weights are random."""
+    return Path(model).stem.endswith(RANDOM_SUFFIX) or has_metadata(model, "weights", "random")
+
+
+def has_metadata(model, key, value):
+    """Whether a converted file says this of itself: ONNX metadata, at the end of the file."""
     with open(model, "rb") as file:
         file.seek(max(0, os.path.getsize(model) - 4096))
-        return Path(model).stem.endswith(RANDOM_SUFFIX) or RANDOM_METADATA in file.read()
+        # as protobuf writes it: a tag, the length, the text
+        pair = b"\n%c%b\x12%c%b" % (len(key), key.encode(), len(value), value.encode())
+        return pair in file.read()
 
 
 def fit_labels(labels, classes_file, classes):

@@ -1,28 +1,34 @@
-"""What the two py_to_py scripts share: weights, conversion to ONNX, and the comparison.
+"""What the two py_to_py scripts share: networks and their weights, and the conversion to ONNX.
 
 torch and onnx take seconds to import, so the functions here import them where they need them,
 and a mistyped option is answered at once.
 """
 
+import contextlib
 import hashlib
 import http.client
+import importlib
 import importlib.metadata
 import os
 import pickle
 import queue
+import re
+import shutil
 import struct
 import sys
+import tempfile
 import threading
+import traceback
 import urllib.request
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import numpy as np
 from tqdm import tqdm
 
-from classification import RANDOM_SUFFIX, RequestError, one_line, read_onnx, whole_file
+import classification
+from classification import RANDOM_SUFFIX, RequestError, whole_file
+from verify import SEED, NetworksDisagree, get_references, verify
 
 # What torch.load raises for a file that isn't one of its own.
 NO_WEIGHTS = (
@@ -39,24 +45,29 @@ NO_WEIGHTS = (
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 
-DEFAULT_WEIGHTS = "IMAGENET1K_V1"  # what torchvision's pretrained=True meant
 RANDOM = "random"
-SEED = 0
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+
+# torchvision's weights of these two expect pictures normalised otherwise than ImageNet's are, and
+# transform_input sees to it; torchvision sets it by itself only where it loads the weights. The
+# auxiliary heads serve training alone.
+BUILD_OPTIONS = {
+    name: {"transform_input": True, "aux_logits": False, "init_weights": False}
+    for name in ("googlenet", "inception_v3")
+}
+AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
+
+# How a training script may have packed a state dict: under a key of a larger dictionary, and with
+# its keys prefixed by DataParallel and by torch.compile.
+WRAPPER_KEYS = ("state_dict", "model", "model_state_dict")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+BOOLS = {"rgb", "crop"}  # of the entries in models.yml
 
 # Read by OpenCV 5.0.0, 4.14 and 4.10 alike, with the same answers.
 OPSET_VERSION = 17
+MAX_ONNX_SIZE = 2**31 - 2**20  # bytes of weights, with room for the graph
 INPUT_NAME, OUTPUT_NAME = "input", "output"
-
-# max|a - b| / max|a| over which two networks disagree. Measured for scale: the sixteen networks
-# of py_to_py_cls.py stay below 4e-6 in OpenCV 5.0.0 (tests/test_all_models.py).
-MAX_RELATIVE_ERROR = 1e-4
-
-
-class NetworksDisagree(RequestError):
-    """OpenCV doesn't give PyTorch's answer."""
-
-    exit_code = 1
 
 
 def find_bundled(path):
@@ -68,30 +79,39 @@ def find_bundled(path):
     return str(beside) if beside.exists() and Path.cwd() != SCRIPT_DIR else path
 
 
-# --- weights --------------------------------------------------------------------------------------
+# --- networks and their weights -------------------------------------------------------------------
 
 
-def load_network(model_name, weights=DEFAULT_WEIGHTS, or_random=True):
-    """(model in eval mode, origin of its weights) for a torchvision classifier.
+def load_network(model_name, weights=None, or_random=True, frame_size=224):
+    """(model in eval mode, origin of its weights).
 
-    weights: one of torchvision's names for this network (IMAGENET1K_V1, DEFAULT ...), a
-    state-dict file, or "random". Where named weights can be neither found nor downloaded, the
-    origin is RANDOM and stderr says so; with or_random=False, RequestError is raised instead.
+    model_name: one of torchvision's classifiers, or "module:function" for a network of one's own.
+    weights: one of torchvision's names for this network (IMAGENET1K_V1, DEFAULT ...), a checkpoint
+    file, or "random"; None for the first of torchvision's, or as the function returns it. Where
+    named weights can be neither found nor downloaded, the origin is RANDOM and stderr says so;
+    with or_random=False, RequestError is raised instead.
     """
-    from torchvision import models
-
-    if weights.lower() == RANDOM:
-        return get_random_network(model_name), RANDOM
-    known = models.get_model_weights(model_name).__members__
-    if weights.upper() not in known:
-        if not Path(weights).is_file():
-            names = ", ".join(known)
-            raise RequestError(
-                f"--weights {weights}: no file, and no weights of {model_name}, "
-                f"which are {names}; or '{RANDOM}'"
+    if weights and weights.lower() == RANDOM:
+        return get_random_network(model_name, frame_size), RANDOM
+    if is_own(model_name):
+        if weights is None:
+            return build_network(model_name).eval(), model_name
+        return load_weights(model_name, find_weights_file(weights, "no such file")), weights
+    known = get_weights(model_name)
+    name = (weights or next(iter(known))).upper()
+    if name not in known:
+        names = ", ".join(known)
+        reason = f"no file, and no weights of {model_name}, which are {names}; or '{RANDOM}'"
+        path = find_weights_file(weights, reason)
+        if model_name in BUILD_OPTIONS:
+            print(
+                f"NOTE: {path}: taken for a network with transform_input=True, as torchvision's "
+                "trained ones are; the file doesn't say. For one without, --model_name MODULE:"
+                "FUNCTION",
+                file=sys.stderr,
             )
-        return load_state_dict(model_name, weights), weights
-    entry = known[weights.upper()]
+        return load_weights(model_name, path), weights
+    entry = known[name]
     try:
         path = fetch_weights(entry.url)
     except RequestError as error:
@@ -108,8 +128,68 @@ def load_network(model_name, weights=DEFAULT_WEIGHTS, or_random=True):
             file=sys.stderr,
             flush=True,
         )
-        return get_random_network(model_name), RANDOM
-    return load_state_dict(model_name, path), entry.name
+        return get_random_network(model_name, frame_size), RANDOM
+    return load_weights(model_name, path), entry.name
+
+
+def is_own(model_name):
+    """Whether the name is a "module:function" of the user's."""
+    return ":" in model_name
+
+
+def get_weights(model_name):
+    """{name: torchvision's weights} of one of its networks; the first are the default."""
+    from torchvision import models
+
+    return models.get_model_weights(model_name).__members__
+
+
+def find_weights_file(path, reason):
+    if not Path(path).is_file():
+        raise RequestError(f"--weights {path}: {reason}")
+    return path
+
+
+def build_network(model_name, **options):
+    """The network as it is before any weights are loaded; options: torchvision's, num_classes."""
+    if is_own(model_name):
+        return build_own_network(model_name)
+    from torchvision import models
+
+    return models.get_model(model_name, **BUILD_OPTIONS.get(model_name, {}), **options)
+
+
+def build_own_network(model_name):
+    """The nn.Module that "module:function" names, from a file in this folder or a package.
+
+    Raises RequestError, with the place, for whatever that code raises.
+    """
+    import torch
+
+    module_name, _, function_name = model_name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+        if not hasattr(module, function_name):
+            raise RequestError(f"--model_name {model_name}: {module_name} has no {function_name}")
+        model = getattr(module, function_name)
+        if not isinstance(model, torch.nn.Module):
+            model = model()
+    except RequestError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        known = os.path.exists(place.filename)
+        where = f" ({place.filename}, line {place.lineno})" if known else ""
+        raise RequestError(
+            f"--model_name {model_name}: {type(error).__name__}: {error}{where}"
+        ) from None
+    if not isinstance(model, torch.nn.Module):
+        raise RequestError(
+            f"--model_name {model_name}: returns {type(model).__name__}, not a torch.nn.Module"
+        )
+    return model.cpu().float()
 
 
 def checkpoints_dir():
@@ -172,13 +252,39 @@ def download(url, path, sha256_start, timeout=DOWNLOAD_TIMEOUT):
             raise RequestError(f"{path.name}: broke off after {file.tell()} of {size} bytes")
 
 
-def load_state_dict(model_name, path):
-    """The network with the weights of a state-dict file, in eval mode.
+def load_weights(model_name, path):
+    """The network with the weights of a checkpoint file, in eval mode.
 
-    Raises RequestError where the file is damaged, no state dict, or another network's.
+    The head is sized from the file. Raises RequestError where the file is damaged, no state dict,
+    or another network's.
     """
     import torch
-    from torchvision import models
+
+    state = read_state_dict(path)
+    if is_own(model_name):
+        model = build_network(model_name)
+    else:
+        state = {k: v for k, v in state.items() if not k.startswith(AUXILIARY_HEADS)}
+        # On "meta" nothing is initialised, which takes longer than reading the weights.
+        with torch.device("meta"):
+            model = build_network(model_name, num_classes=get_num_classes(model_name, state))
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        problem = ", ".join(
+            f"{what} key {keys[0]}" + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "")
+            for what, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        )
+    except RuntimeError as error:  # of shapes
+        problem = str(error).split("\n\t")[1][:200]
+    if problem:
+        raise RequestError(f"{path}: not the weights of {model_name}: {problem}")
+    return model.float().eval()
+
+
+def read_state_dict(path):
+    """{name: tensor} of a checkpoint file, without what a training script wrapped it in."""
+    import torch
 
     how = "delete it, or save one with torch.save(model.state_dict(), FILE)"
     try:
@@ -190,43 +296,77 @@ def load_state_dict(model_name, path):
         raise RequestError(
             f"{path}: no weights: cut short, another format, or more in it than tensors; {how}"
         ) from None
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and torch.is_tensor(value) and value.device.type == "cpu"
-        for key, value in state.items()
+    if isinstance(state, dict):
+        state = next((state[k] for k in WRAPPER_KEYS if isinstance(state.get(k), dict)), state)
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(
+            isinstance(key, str) and torch.is_tensor(value) and value.device.type == "cpu"
+            for key, value in state.items()
+        )
     ):
         raise RequestError(f"{path}: no state dict; {how}")
     for key, value in state.items():
         if value.layout != torch.strided or value.is_complex() or not torch.isfinite(value).all():
             raise RequestError(f"{path}: {key} holds something else than finite numbers; {how}")
-    # On "meta" nothing is initialised, which takes longer than reading the weights.
-    with torch.device("meta"):
-        model = models.get_model(model_name, weights=None)
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        keys = str(error).split("\n\t")[1][:200]
-        raise RequestError(f"{path}: not the weights of {model_name}: {keys}") from None
-    return model.float().eval()
+    for prefix in WRAPPER_PREFIXES * 2:  # in either order
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
-def get_random_network(model_name):
-    """The network with seeded random weights and calibrated BatchNorm, in eval mode.
+def get_num_classes(model_name, state):
+    """How many classes the head in a state dict of one of torchvision's networks has.
 
-    Left with its initial statistics, BatchNorm lets a deep network's outputs shrink to 1e-9 or
-    grow to 1e+4, and a comparison of such outputs proves little. So a seeded batch goes through
-    in train mode. At the momentum of 0.1 that PyTorch has: a random network that takes the
-    statistics of one batch whole amplifies rounding errors (resnet152: to 5e-4), and no fault
-    shows more for it.
+    The head's weight is the last one whose shape depends on the number of classes.
     """
     import torch
-    from torchvision import models
+
+    with torch.device("meta"):
+        few, more = (build_network(model_name, num_classes=n).state_dict() for n in (2, 3))
+    head = [key for key in few if few[key].shape != more[key].shape and few[key].ndim > 1][-1]
+    return len(state[head]) if head in state and state[head].ndim else len(few[head])
+
+
+def get_random_network(model_name, frame_size):
+    """The network with seeded random weights, in eval mode, made so that a wrong conversion shows.
+
+    Parameters that start as one constant are shaken: with a head of zeros, as torchvision's ViT
+    has it, any two networks agree, and layer scales of 1e-6 or biases of 0 hide what is wrong
+    behind them. And BatchNorm gets the variances of a seeded batch, layer by layer; without
+    them a deep network's logits are the same for all pictures, or grow without bound.
+    """
+    import torch
 
     torch.manual_seed(SEED)
-    model = models.get_model(model_name, weights=None)
-    if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        with torch.no_grad():
-            model.train()(torch.randn(8, 3, 224, 224))
-    return model.eval()
+    model = build_network(model_name).eval()
+    # from smooth to noisy, as pictures are; the noise that verify.py compares on is among them
+    size = (frame_size, frame_size)
+    smooth = torch.nn.functional.interpolate(torch.randn(8, 3, 6, 6), size, mode="bilinear")
+    batch = smooth + torch.linspace(0, 1, 8).reshape(8, 1, 1, 1) * torch.randn(8, 3, *size)
+
+    def calibrate(batch_norm, inputs):
+        # The batch's variance, but a twentieth of its mean: a deep random network that subtracts
+        # the mean amplifies rounding errors (resnet152: to 2e-4), and faults show no better.
+        axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
+        batch_norm.running_mean = 0.05 * inputs[0].mean(axes)
+        batch_norm.running_var = inputs[0].var(axes)
+
+    hooks = [
+        module.register_forward_pre_hook(calibrate)
+        for module in model.modules()
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    ]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if (parameter == parameter.flatten()[0]).all():
+                parameter += 0.02 * torch.randn_like(parameter)
+        if hooks:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    return model
 
 
 # --- conversion -----------------------------------------------------------------------------------
@@ -234,72 +374,147 @@ def get_random_network(model_name):
 
 def get_onnx_path(model_name, origin, models_dir):
     """Where the converted network is kept: all but the default weights are told by the name."""
-    if origin == DEFAULT_WEIGHTS:
-        name = model_name
-    elif origin == RANDOM:
-        name = model_name + RANDOM_SUFFIX
-    else:
-        name = f"{model_name}-{Path(origin).stem}"
+    name = get_alias(model_name)
+    if origin == RANDOM:
+        name += RANDOM_SUFFIX
+    elif origin != (model_name if is_own(model_name) else next(iter(get_weights(model_name)))):
+        name += f"-{get_alias(Path(origin).stem)}"
         name += "-weights" if name.endswith(RANDOM_SUFFIX) else ""  # a file called random.pth
     return Path(models_dir) / f"{name}.onnx"
 
 
-def convert(model, origin, onnx_path, sample_blob):
+def get_alias(name):
+    """The name as file names and cv2.FileStorage take it: my_module:build -> my_module-build"""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+
+
+def convert(model, origin, onnx_path, sample_blob, use_cached=True):
     """Write `model` to `onnx_path`, unless it is there already; only a verified file gets there.
 
     origin: where its weights are from; the file says it in its metadata.
     sample_blob: float32, (1, 3, height, width), what both networks are compared on, besides
-    noise. Raises NetworksDisagree, and then no file is left.
+    noise. use_cached: whether a file of the same weights and versions will do.
+    Returns the names of OpenCV's engines that are right with it, the fastest first. Raises
+    NetworksDisagree where there is none, and then no file is left.
     """
+    onnx_path = Path(onnx_path)
     key = get_conversion_key(model, origin, sample_blob.shape)
-    if read_conversion_key(onnx_path) == key:
+    found = read_metadata(onnx_path)
+    if use_cached and key.items() <= found.items():
         print(f"{onnx_path}: converted and verified before, with these weights and versions")
-        return
-    run_pytorch(model, sample_blob)  # a size that the network can't take is told before the export
-    Path(onnx_path).unlink(missing_ok=True)  # of other weights or versions: not this network
-    with whole_file(onnx_path) as part:
-        export_onnx(model, part, sample_blob.shape)
-        write_conversion_key(part, key)
-        try:
-            net = read_onnx(part)
-        except RequestError as error:
-            raise NetworksDisagree(error) from None
-        verify(model, net, sample_blob)
-    print(f"{onnx_path}: converted and verified")
+        return found["engines"].split()
+    references = get_references(model, sample_blob)
+    onnx_path.unlink(missing_ok=True)  # of other weights or versions: not this network
+    failures = []
+    for export in (export_by_torchscript, export_by_dynamo):
+        with folder_beside(onnx_path) as folder:
+            part = folder / onnx_path.name
+            try:
+                export(model, part, sample_blob.shape)
+                rewrite(part)
+                engines = verify(part, references)
+            except RequestError as error:
+                failures.append(error)
+                continue
+            write_metadata(part, key | {"engines": " ".join(engines), "engine": engines[0]})
+            for name in (f"{onnx_path.name}.data", onnx_path.name):
+                (onnx_path.parent / name).unlink(missing_ok=True)
+                if (folder / name).exists():
+                    os.replace(folder / name, onnx_path.parent / name)
+        print(f"{onnx_path}: converted and verified; OpenCV's engine: {engines[0]}")
+        return engines
+    disagree = any(isinstance(error, NetworksDisagree) for error in failures)
+    raise (NetworksDisagree if disagree else RequestError)(" -- ".join(map(str, failures)))
 
 
-def export_onnx(model, path, blob_shape):
-    """Export to ONNX with any batch size. The one place where PyTorch's exporter is called.
+@contextlib.contextmanager
+def folder_beside(path):
+    """A temporary folder beside `path`. Raises RequestError where nothing can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise RequestError(f"{path}: can't be written: {error.strerror or error}") from None
 
-    By the TorchScript exporter (dynamo=False), deprecated since PyTorch 2.9: OpenCV 5.0.0 reads
-    its graphs right and it is several times faster, while MobileNetV3 from the new exporter is
-    silently wrong in OpenCV 5.0.0. Once OpenCV reads that right, the argument can go.
+
+def export_by_torchscript(model, path, blob_shape):
+    """Export to ONNX with any batch size, by the exporter that OpenCV's importer grew up with.
+
+    Deprecated since PyTorch 2.9, but several times faster than the new one, and OpenCV 5.0.0
+    reads its graphs with fewer rewrites. Raises RequestError where it can't.
     """
     import torch
 
     # A failing export prints pages of its graph, because setup_onnx_logging switches that on
     # whether it was on or not (seen with PyTorch 2.14 and 2.15): so the switch is disarmed.
     torch._C._jit_set_onnx_log_enabled = lambda enabled: None
+    with failing_export("PyTorch's TorchScript exporter", blob_shape):
+        torch.onnx.export(
+            model,
+            torch.zeros(1, *blob_shape[1:]),
+            str(path),
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            dynamic_axes={INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}},
+            opset_version=OPSET_VERSION,
+            dynamo=False,
+        )
+
+
+def export_by_dynamo(model, path, blob_shape):
+    """The same by PyTorch's new exporter, which knows operators that TorchScript's lacks."""
+    import torch
+
+    with failing_export("PyTorch's new exporter", blob_shape):
+        torch.onnx.export(
+            model,
+            (torch.zeros(2, *blob_shape[1:]),),  # a batch of 1 would be taken for a constant
+            str(path),
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+
+
+@contextlib.contextmanager
+def failing_export(exporter, blob_shape):
+    """Whatever an exporter raises becomes RequestError; its warnings are of no use to the user.
+
+    What the file is worth is verified afterwards.
+    """
+    height, width = blob_shape[2:]
     with warnings.catch_warnings():
-        # DeprecationWarning and UserWarning: what the file is worth is verified after this
         warnings.simplefilter("ignore")
         try:
-            torch.onnx.export(
-                model,
-                torch.zeros(1, *blob_shape[1:]),
-                str(path),
-                input_names=[INPUT_NAME],
-                output_names=[OUTPUT_NAME],
-                dynamic_axes={INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}},
-                opset_version=OPSET_VERSION,
-                dynamo=False,
-            )
-        except RuntimeError as error:
-            height, width = blob_shape[2:]
+            yield
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0].split(". ")[0][:160]
             raise RequestError(
-                f"PyTorch can't export the network for {width}x{height} pictures "
-                f"({str(error).split('. ')[0][:120]}); try 224x224"
+                f"{exporter} can't export the network for {width}x{height} pictures: {reason}"
             ) from None
+
+
+def rewrite(path):
+    """Put the exported graph into the form that OpenCV reads right, over 2 GB in two files.
+
+    protobuf holds no more in one; then the weights go to a file of that name and ".data".
+    """
+    import onnx
+
+    from onnx_rewrites import make_readable
+
+    proto = onnx.load(path)
+    make_readable(proto)
+    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) < MAX_ONNX_SIZE:
+        onnx.save(proto, path)
+    else:
+        data = Path(f"{path}.data")
+        data.unlink(missing_ok=True)  # the new exporter's; onnx would append to it
+        onnx.save_model(proto, path, save_as_external_data=True, location=data.name)
+        shutil.copymode(path, data)
 
 
 def get_conversion_key(model, origin, blob_shape):
@@ -321,113 +536,76 @@ def get_conversion_key(model, origin, blob_shape):
     }
 
 
-def write_conversion_key(path, key):
+def write_metadata(path, texts):
     import onnx
 
-    proto = onnx.load(path)
-    onnx.helper.set_model_props(proto, key)
+    proto = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(proto, texts)
     onnx.save(proto, path)
 
 
-def read_conversion_key(path):
+def read_metadata(path):
     """The metadata of a converted file; {} where there is none, or no whole ONNX file."""
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        return {p.key: p.value for p in onnx.load(path).metadata_props}
+        proto = onnx.load(path, load_external_data=False)
     except (FileNotFoundError, DecodeError):
         return {}
+    return {p.key: p.value for p in proto.metadata_props}
 
 
-# --- the same answer? -----------------------------------------------------------------------------
+# --- the entry in models.yml ----------------------------------------------------------------------
 
 
-@dataclass
-class Difference:
-    """How far two outputs of shape (batch, classes) are apart."""
+def add_to_zoo(alias, onnx_path, args, classes):
+    """Write what classification.py needs to know of a network into models.yml, beside its file.
 
-    l1: float  # mean |a - b|, as the tutorial has it
-    l_inf: float  # max |a - b|
-    relative: float  # max |a - b| / max |a|
-    same_class: int  # pictures for which both name the same class
-    pictures: int
-
-    @property
-    def agree(self):
-        # "not over" would let nan pass
-        return self.relative <= MAX_RELATIVE_ERROR and self.same_class == self.pictures
-
-    def __str__(self):
-        return (
-            f"L1 {self.l1:.2e}, L_inf {self.l_inf:.2e}, relative error {self.relative:.1e}, "
-            f"same class {self.same_class} of {self.pictures}"
-        )
-
-
-def compare(reference, output):
-    """Difference of OpenCV's `output` to PyTorch's `reference`, both (batch, classes)."""
-    if reference.shape != output.shape:
-        raise NetworksDisagree(f"PyTorch's output is {reference.shape}, OpenCV's {output.shape}")
-    diff = np.abs(reference.astype(np.float64) - output)
-    scale = np.abs(reference).max()
-    same = (reference.argmax(axis=1) == output.argmax(axis=1)).sum()
-    return Difference(
-        l1=float(diff.mean()),
-        l_inf=float(diff.max()),
-        relative=float(diff.max() / scale) if scale > 0 else np.nan,
-        same_class=int(same),
-        pictures=len(reference),
+    In the form of the models.yml of OpenCV's samples, and read and written by cv2.FileStorage.
+    args: the options of classification.py that it was verified with; classes: the file of the
+    class names, or None. Entries of other networks stay. The entry is called `alias`, but random
+    weights don't take the name from trained ones; and as the file is called.
+    """
+    path = onnx_path.parent / classification.ZOO_NAME
+    entries = classification.read_zoo(path) if path.exists() else {}
+    entry = {
+        "model": onnx_path.name,
+        **{name: getattr(args, name) for name in classification.ZOO_OPTIONS},
+        "sample": classification.ZOO_SAMPLE,
+    }
+    for other in entries.values():  # OpenCV 5.0 has read their `true` as 1
+        other |= {k: classification.parse_bool(str(other[k])) for k in BOOLS & other.keys()}
+    if classes:
+        entry["classes"] = os.path.relpath(classes, path.parent)
+    is_random = onnx_path.stem.endswith(RANDOM_SUFFIX)
+    others = Path(entries.get(alias, {}).get("model", "")).stem
+    if not is_random or not others or others.endswith(RANDOM_SUFFIX):
+        entries[alias] = entry
+    entries[onnx_path.stem] = entry
+    with whole_file(path) as part:
+        storage = cv2.FileStorage(str(part), cv2.FILE_STORAGE_WRITE)
+        for name, values in entries.items():
+            write_node(storage, name, values)
+        storage.release()
+    print(
+        f"{path}: python classification.py {alias if entries[alias] is entry else onnx_path.stem}"
     )
 
 
-def run_pytorch(model, blob, memory_format=None):
-    """PyTorch's logits, (batch, classes), for a float32 blob (batch, 3, height, width)."""
-    import torch
-
-    with torch.inference_mode():
-        try:
-            batch = torch.from_numpy(blob)
-            if memory_format is not None:
-                batch = batch.contiguous(memory_format=memory_format)
-            return model(batch).numpy()
-        except RuntimeError as error:
-            height, width = blob.shape[2:]
-            raise RequestError(f"the network takes no {width}x{height} picture: {error}") from None
-
-
-def run_opencv(net, blob):
-    """OpenCV's logits, likewise."""
-    try:
-        net.setInput(blob)
-        return net.forward()
-    except cv2.error as error:
-        raise NetworksDisagree(
-            f"OpenCV {cv2.__version__} can't run the network: {one_line(error)}"
-        ) from None
-
-
-def verify(model, net, sample_blob):
-    """Compare both networks on the sample and on a seeded batch of two; print how they differ.
-
-    Raises NetworksDisagree over MAX_RELATIVE_ERROR, with the figures, and RequestError where
-    PyTorch's outputs are no evidence.
-    """
-    noise = np.random.default_rng(SEED).standard_normal((2, *sample_blob.shape[1:]))
-    for name, blob in {
-        "the picture": sample_blob,
-        "a batch of 2": noise.astype(np.float32),
-    }.items():
-        reference = run_pytorch(model, blob)
-        if not np.isfinite(reference).all() or np.ptp(reference) == 0:
-            raise RequestError(
-                f"on {name} PyTorch's own outputs are nan, inf or all alike, and prove nothing: "
-                "check the weights and the preprocessing"
-            )
-        difference = compare(reference, run_opencv(net, blob))
-        print(f"PyTorch against OpenCV {cv2.__version__} on {name}: {difference}", flush=True)
-        if not difference.agree:
-            raise NetworksDisagree(
-                f"OpenCV {cv2.__version__} doesn't give PyTorch's answer on {name}: {difference} "
-                f"(limit {MAX_RELATIVE_ERROR:g})"
-            )
+def write_node(storage, name, value):
+    """Write a dictionary, list, number, text or bool; None and [] are left out."""
+    if isinstance(value, dict):
+        storage.startWriteStruct(name, cv2.FILE_NODE_MAP)
+        for key, item in value.items():
+            write_node(storage, key, item)
+        storage.endWriteStruct()
+    elif isinstance(value, list) and value:
+        storage.startWriteStruct(name, cv2.FILE_NODE_SEQ + cv2.FILE_NODE_FLOW)
+        for item in value:
+            write_node(storage, "", item)
+        storage.endWriteStruct()
+    elif isinstance(value, bool):
+        storage.write(name, str(value).lower())  # written without quotes: a bool of YAML
+    elif value is not None and value != []:
+        storage.write(name, value)

@@ -1,9 +1,15 @@
-"""Convert a torchvision classifier to ONNX, prove it in OpenCV, then test or evaluate it.
+"""Convert a PyTorch classifier to ONNX, prove it in OpenCV, then test or evaluate it.
 
     python py_to_py_cls.py --model_name resnet50 --test True         # classify one picture
     python py_to_py_cls.py --model_name resnet50                     # evaluate both networks
     python py_to_py_cls.py --model_name resnet50 --evaluate False    # only convert and compare
     torchrun --nproc-per-node 2 py_to_py_cls.py --model_name resnet50    # evaluate, two processes
+    python py_to_py_cls.py --list_models                             # torchvision's 80 classifiers
+
+A network of your own: weights that you trained, or a function that returns any nn.Module:
+
+    python py_to_py_cls.py --model_name resnet50 --weights my.pth --classes my.txt --test True
+    python py_to_py_cls.py --model_name my_module:build_model --weights my.pth --test True
 
 What is written goes to models/, results/ and logs/ in the current folder.
 """
@@ -23,6 +29,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -43,20 +50,16 @@ from classification import (
     whole_file,
 )
 from common import (
-    DEFAULT_WEIGHTS,
-    MAX_RELATIVE_ERROR,
     RANDOM,
-    Difference,
-    NetworksDisagree,
-    compare,
+    add_to_zoo,
     convert,
     find_bundled,
+    get_alias,
     get_conversion_key,
     get_onnx_path,
+    get_weights,
+    is_own,
     load_network,
-    run_opencv,
-    run_pytorch,
-    verify,
 )
 from default_preprocess_config import pytorch_resize_input_blob
 from test_config import (
@@ -68,8 +71,19 @@ from test_config import (
     TestClsConfig,
     TestClsModuleConfig,
 )
+from verify import (
+    MAX_RELATIVE_ERROR,
+    Difference,
+    NetworksDisagree,
+    compare,
+    get_references,
+    run_opencv,
+    run_pytorch,
+    verify,
+)
 
-# torchvision's names; a line added here adds a network.
+# The tutorial's, whose names and preprocessing are known without importing torchvision, which
+# takes seconds. All others of torchvision's classifiers are taken as well.
 MODELS = [
     "alexnet",
     "vgg11",
@@ -123,13 +137,26 @@ class TooManySkipped(RequestError):
 
 
 def model_name(text):
-    """One of MODELS, whatever its case."""
+    """One of torchvision's classifiers, whatever its case, or the user's module:function."""
     name = text.lower()
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=3)
+    if is_own(text) or name in MODELS:
+        return text if is_own(text) else name
+    names = get_torchvision_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"it is one of {', '.join(MODELS)}"
-        raise argparse.ArgumentTypeError(f"unknown network '{text}', {hint}")
+        raise argparse.ArgumentTypeError(
+            f"unknown network '{text}', {hint}; --list_models shows all of torchvision's, and "
+            "MODULE:FUNCTION names your own"
+        )
     return name
+
+
+def get_torchvision_names():
+    """torchvision's classifiers: 80 in 0.29."""
+    from torchvision import models
+
+    return models.list_models(module=models)
 
 
 def get_parser():
@@ -138,9 +165,15 @@ def get_parser():
     add(
         "--model_name",
         type=model_name,
-        required=True,
         metavar="NAME",
-        help=f"the network: {', '.join(MODELS)}",
+        help=f"the network: {', '.join(MODELS)}; any other of --list_models; or "
+        "MODULE:FUNCTION, a function that returns an nn.Module, from a file in the current folder "
+        "or an installed package",
+    )
+    add(
+        "--list_models",
+        action="store_true",
+        help="print torchvision's classifiers, their input size and their published accuracy",
     )
     add(
         "--test",
@@ -162,15 +195,16 @@ def get_parser():
         type=parse_bool,
         default=True,
         metavar="BOOL",
-        help="test mode: prepare the picture as torchvision does (pytorch_resize_input_blob of "
-        "default_preprocess_config.py), not as TestClsModuleConfig says; options given here win "
-        "over both (default: True)",
+        help="test mode: prepare the picture as the network's weights want it "
+        "(pytorch_resize_input_blob of default_preprocess_config.py, with the sizes, mean and std "
+        "that torchvision gives for them), not as TestClsModuleConfig says; options given here "
+        "win over both (default: True)",
     )
     add(
         "--weights",
-        default=DEFAULT_WEIGHTS,
-        help="torchvision's name of the weights (IMAGENET1K_V1, DEFAULT ...), a state-dict file, "
-        "or 'random' (default: %(default)s)",
+        help="torchvision's name of the weights (IMAGENET1K_V1, DEFAULT ...), a checkpoint file "
+        "with any number of classes, or 'random' (default: torchvision's first for the network, "
+        "IMAGENET1K_V1 for almost all; MODULE:FUNCTION as it is returned)",
     )
     add(
         "--preprocess",
@@ -183,7 +217,8 @@ def get_parser():
         "--engine",
         choices=["auto", "new", "classic"],
         default="auto",
-        help="evaluation mode: OpenCV's inference engine; auto takes the faster (default: auto)",
+        help="evaluation mode: OpenCV's inference engine; auto takes the faster of those that "
+        "are right (default: auto)",
     )
     add(
         "--resume",
@@ -245,12 +280,41 @@ def get_config(config_class, given):
     return dataclasses.replace(config, **values)
 
 
-def get_preprocessing(default_img_preprocess, config, given):
+def get_preset(model_name, weights, frame_size):
+    """(frame size, {field: text} of PREPROCESSING) that a network wants by default.
+
+    As torchvision says for its weights; the user's own weights count as its default ones. For the
+    user's own architecture the tutorial's, for a frame of `frame_size` if that is given.
+    """
+    size, preset = TestClsConfig().frame_size, pytorch_resize_input_blob
+    if is_own(model_name):
+        resize = int(preset["rsz_width"]) * (frame_size or size) // size
+        return size, preset | {"rsz_width": str(resize), "rsz_height": str(resize)}
+    first = weights is None or weights.lower() == RANDOM or Path(weights).is_file()
+    if model_name in MODELS and first:  # known without torchvision: a test compares
+        return size, preset
+    transforms = get_transforms(model_name, weights)
+    resize = str(transforms.resize_size[0])
+    return transforms.crop_size[0], preset | {
+        "mean": [f"{255 * value:g}" for value in transforms.mean],
+        "std": [f"{value:g}" for value in transforms.std],
+        "rsz_width": resize,
+        "rsz_height": resize,
+    }
+
+
+def get_transforms(model_name, weights):
+    """torchvision's transforms of these weights, or of the network's first where they have none."""
+    known = get_weights(model_name)
+    return known.get((weights or "").upper(), next(iter(known.values()))).transforms()
+
+
+def get_preprocessing(default_img_preprocess, config, given, preset):
     """{field: text} of PREPROCESSING: the preset's or the config's, and what is given wins."""
     own = {name: getattr(config, name) for name in PREPROCESSING}
     if not default_img_preprocess:
         return own
-    return pytorch_resize_input_blob | {name: own[name] for name in PREPROCESSING if name in given}
+    return preset | {name: own[name] for name in PREPROCESSING if name in given}
 
 
 def get_preprocessing_options(preprocessing, config):
@@ -263,18 +327,35 @@ def get_preprocessing_options(preprocessing, config):
     return options
 
 
+# --- the list of networks -------------------------------------------------------------------------
+
+
+def list_models():
+    """Print torchvision's classifiers; their accuracies are of their default weights."""
+    print(f"{'network':20}{'resize':>8}{'input':>7}{'top-1':>9}{'top-5':>9}  weights")
+    for name in get_torchvision_names():
+        entry = next(iter(get_weights(name).values()))
+        transforms, accuracy = entry.transforms(), entry.meta["_metrics"]["ImageNet-1K"]
+        print(
+            f"{name:20}{transforms.resize_size[0]:8}{transforms.crop_size[0]:7}"
+            f"{accuracy['acc@1']:7.2f} %{accuracy['acc@5']:7.2f} %  {entry.name}"
+        )
+    return 0
+
+
 # --- test mode ------------------------------------------------------------------------------------
 
 
-def test(onnx_path, config, options):
+def test(network, config, options):
     """Run classification.py on the converted network; return its exit code."""
     picture = Path(config.input_img)
     known = picture.suffix.lower() in classification.SUFFIXES["picture"]
-    result = f"{picture.stem}_{onnx_path.stem}_{config.test_module_name}"
+    result = f"{picture.stem}_{network.onnx_path.stem}_{config.test_module_name}"
     result += picture.suffix if known else ".png"
-    command = [sys.executable, config.test_module_path, "--model", str(onnx_path)]
-    command += ["--input", config.input_img, "--classes", config.classes]
-    command += ["--output", os.path.join(RESULTS_DIR, result), *options]
+    command = [sys.executable, config.test_module_path, "--model", str(network.onnx_path)]
+    command += ["--input", config.input_img, "--output", os.path.join(RESULTS_DIR, result)]
+    command += ["--engine", network.engines[0], *options]
+    command += ["--classes", network.classes] if network.classes else []
     code = subprocess.run(command).returncode
     if code < 0:
         raise RequestError(f"{config.test_module_path} was ended by signal {-code}")
@@ -421,18 +502,13 @@ def get_torchvision_blob(path, transforms):
     return transforms(torch.from_numpy(rgb).permute(2, 0, 1))[None].numpy()
 
 
-def get_transforms(model_name, weights, frame_size):
-    """torchvision's transforms of these weights, or of the network's first where they have none."""
-    from torchvision import models
-
-    known = models.get_model_weights(model_name).__members__
-    transforms = known.get(weights, known[DEFAULT_WEIGHTS]).transforms()
+def check_transforms(transforms, frame_size):
+    """Raise RequestError where torchvision's transforms make another frame than the network's."""
     if transforms.crop_size != [frame_size]:
         raise RequestError(
             f"--preprocess torchvision cuts {transforms.crop_size[0]} pixels, and --frame_size is "
             f"{frame_size}: leave it out"
         )
-    return transforms
 
 
 def get_blob_function(preprocessing, config):
@@ -490,26 +566,24 @@ def prepare_pytorch(model):
     return lambda blob: run_pytorch(model, blob, memory_format=torch.channels_last)
 
 
-def choose_engine(onnx_path, blob, engine):
-    """The name of OpenCV's inference engine: the one asked for, or the faster of the two.
+def choose_engine(onnx_path, blob, engine, engines):
+    """The name of OpenCV's inference engine: the one asked for, or the fastest of `engines`.
 
-    Each has one pass to warm up and one that counts; an engine that can't run the file is out.
+    engines: those that are right with the file. Each has one pass to warm up and one that counts.
     """
-    engines = classification.available(classification.ENGINES)
-    if not engines or engine != "auto":
+    if engine != "auto":
+        if engine not in engines:
+            raise RequestError(
+                f"--engine {engine} doesn't give PyTorch's answer with {onnx_path}: leave it out"
+            )
         return engine
     seconds = {}
-    for name in ("new", "classic"):
-        try:
-            net = read_onnx(onnx_path, engines[name])
-            run_opencv(net, blob)
-        except RequestError:
-            continue
+    for name in engines:
+        net = read_with_engine(onnx_path, name)
+        run_opencv(net, blob)
         start = time.perf_counter()
         run_opencv(net, blob)
         seconds[name] = time.perf_counter() - start
-    if not seconds:
-        raise NetworksDisagree(f"{onnx_path}: no engine of OpenCV {cv2.__version__} can run it")
     name = min(seconds, key=seconds.get)
     timings = ", ".join(f"{n} {s * 1000 / len(blob):.1f} ms" for n, s in seconds.items())
     print(f"OpenCV's engines: {timings} per picture; taking {name}")
@@ -517,7 +591,7 @@ def choose_engine(onnx_path, blob, engine):
 
 
 def read_with_engine(onnx_path, engine):
-    return read_onnx(onnx_path, classification.available(classification.ENGINES).get(engine))
+    return read_onnx(onnx_path, classification.available(classification.ENGINES)[engine])
 
 
 def evaluate_batch(networks, blob, labels, names):
@@ -753,9 +827,7 @@ def draw_times(records, title, path):
 
 def get_published(weights, model_name):
     """{"acc@1": %, "acc@5": %} of torchvision's own weights, {} of others."""
-    from torchvision import models
-
-    entry = models.get_model_weights(model_name).__members__.get(weights)
+    entry = None if is_own(model_name) else get_weights(model_name).get(weights)
     return entry.meta["_metrics"]["ImageNet-1K"] if entry else {}
 
 
@@ -853,13 +925,14 @@ def in_turn(rank, processes, function):
 # --- evaluation mode: the run ---------------------------------------------------------------------
 
 
-def evaluate(model, onnx_path, pictures, get_blob, sample_blob, key, args, rank, processes):
+def evaluate(network, pictures, get_blob, sample_blob, key, args, rank, processes):
     """Run both networks over the pictures and write the results.
 
     key: all that the figures depend on; only a run of the same key is taken up again. Raises
     NetworksDisagree where the networks do, TooManySkipped where too many pictures can't be read,
     and on Ctrl-C, after the results so far are written as partial, KeyboardInterrupt.
     """
+    onnx_path = network.onnx_path
     stem, size = onnx_path.stem, key["batch_size"]
     weights = "RANDOM" if key["weights"] == RANDOM else key["weights"]
     title = f"{stem}, {weights} weights"
@@ -875,10 +948,11 @@ def evaluate(model, onnx_path, pictures, get_blob, sample_blob, key, args, rank,
 
     keep_large_blocks()
     few = np.repeat(sample_blob, min(8, size), axis=0)
-    engine = choose_engine(onnx_path, few, engine or args.engine) if rank == 0 else None
+    if rank == 0:
+        engine = choose_engine(onnx_path, few, engine or args.engine, network.engines)
     engine = gather(engine, processes)[0]
     net = read_with_engine(onnx_path, engine)
-    run_on_pytorch = prepare_pytorch(model)
+    run_on_pytorch = prepare_pytorch(network.model)
     networks = dict(zip(NETWORKS, (run_on_pytorch, lambda b: run_opencv(net, b)), strict=True))
     check_class_ids(pictures, run_on_pytorch(few).shape[1])
     append_state(state_path, {"engine": engine})
@@ -944,56 +1018,87 @@ def check_figures(figures):
         )
 
 
-def get_network(args, module_config, sample_blob, or_random):
-    """(model, origin of its weights, path of its verified ONNX file)."""
-    model, origin = load_network(args.model_name, args.weights, or_random)
-    if module_config.model:
-        onnx_path = Path(module_config.model)
-        verify(model, read_onnx(onnx_path), sample_blob)
+@dataclass
+class Network:
+    """A network in PyTorch and its verified file for OpenCV."""
+
+    model: object  # torch.nn.Module, in eval mode
+    origin: str  # of its weights
+    onnx_path: Path
+    engines: list  # OpenCV's that are right with the file
+    classes: str | None  # the file of the class names, if it is of as many as the network has
+
+
+def get_network(args, config, sample_blob, given, or_random):
+    """The Network of the command line, converted if need be."""
+    frame_size = sample_blob.shape[3]
+    model, origin = load_network(args.model_name, args.weights, or_random, frame_size)
+    count = run_pytorch(model, sample_blob).shape[1]
+    # class names that were given must fit; the default ones are left out if they don't
+    fit = classification.fit_labels(read_labels(config.classes), given.get("classes"), count)
+    if config.model:
+        onnx_path = Path(config.model)
+        engines = verify(onnx_path, get_references(model, sample_blob))
         print(f"{onnx_path}: verified")
     else:
         onnx_path = get_onnx_path(args.model_name, origin, MODELS_DIR)
-        convert(model, origin, onnx_path, sample_blob)
-    return model, origin, onnx_path
+        # what a function of the user's computes is not told by its weights
+        use_cached = not is_own(args.model_name)
+        engines = convert(model, origin, onnx_path, sample_blob, use_cached)
+    return Network(model, origin, onnx_path, engines, config.classes if fit else None)
 
 
 def main():
-    args = get_parser().parse_args()
+    parser = get_parser()
+    args = parser.parse_args()
+    if args.list_models:
+        return list_models()
+    if args.model_name is None:
+        parser.error("the following arguments are required: --model_name")
     given = {name: value for name, value in vars(args).items() if value is not None}
-    config = get_config(TestClsConfig, given)
-    module_config = get_config(TestClsModuleConfig, given)
     do_evaluate = not args.test if args.evaluate is None else args.evaluate
 
     # All that can be wrong with the request is told before torch is imported.
-    test_preprocessing = get_preprocessing(args.default_img_preprocess, module_config, given)
+    frame_size, preset = get_preset(args.model_name, args.weights, args.frame_size)
+    given.setdefault("frame_size", frame_size)
+    config = get_config(TestClsConfig, given)
+    module_config = get_config(TestClsModuleConfig, given)
+    test_preprocessing = get_preprocessing(
+        args.default_img_preprocess, module_config, given, preset
+    )
     options = get_preprocessing_options(test_preprocessing, module_config)
     blob_args = classification.parse_args(options)
     sample_blob = classification.get_blob(read_picture(module_config.input_img), blob_args)
-    if args.test:
-        read_labels(module_config.classes)
-        if not Path(module_config.test_module_path).is_file():
-            raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")
+    read_labels(module_config.classes)
+    if args.test and not Path(module_config.test_module_path).is_file():
+        raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")
     bundled = True
     if do_evaluate:
-        preprocessing = get_preprocessing(True, module_config, given)
+        preprocessing = get_preprocessing(True, module_config, given, preset)
         check_frame_size(config, module_config, preprocessing)
+        if args.preprocess == "torchvision":
+            if is_own(args.model_name):
+                raise RequestError("--preprocess torchvision is for torchvision's networks")
+            preprocessing = get_transforms(args.model_name, args.weights)
+            check_transforms(preprocessing, config.frame_size)
         pictures, root, bundled = get_labelled_pictures(config, given)
         Path(LOGS_DIR).mkdir(exist_ok=True)
 
     rank, processes = join_processes()
     if do_evaluate and bundled:
         print(f"no {IMAGENET_VAL_DIR} here: evaluating on the {len(pictures)} bundled pictures")
-    model, origin, onnx_path = in_turn(
-        rank, processes, lambda: get_network(args, module_config, sample_blob, bundled)
+    network = in_turn(
+        rank, processes, lambda: get_network(args, module_config, sample_blob, given, bundled)
     )
-    code = test(onnx_path, module_config, options) if args.test and rank == 0 else 0
+    if rank == 0 and not module_config.model:
+        alias = get_alias(args.model_name)
+        add_to_zoo(alias, network.onnx_path, blob_args, network.classes)
+    code = test(network, module_config, options) if args.test and rank == 0 else 0
     if do_evaluate:
-        if args.preprocess == "torchvision":
-            preprocessing = get_transforms(args.model_name, origin, config.frame_size)
         get_blob = get_blob_function(preprocessing, config)
-        key = get_conversion_key(model, origin, sample_blob.shape)
-        key |= get_evaluation_key(args, config, preprocessing, onnx_path, pictures, root)
-        evaluate(model, onnx_path, pictures, get_blob, sample_blob, key, args, rank, processes)
+        key = get_conversion_key(network.model, network.origin, sample_blob.shape)
+        key |= get_evaluation_key(args, config, preprocessing, network.onnx_path, pictures, root)
+        evaluate(network, pictures, get_blob, sample_blob, key, args, rank, processes)
     return code
 
 

@@ -10,17 +10,9 @@ import cv2
 import numpy as np
 
 from classification import RANDOM_WARNING, OneLineParser, read_labels, read_picture, run
-from common import (
-    DEFAULT_WEIGHTS,
-    RANDOM,
-    NetworksDisagree,
-    compare,
-    convert,
-    find_bundled,
-    get_onnx_path,
-    load_network,
-)
+from common import RANDOM, convert, find_bundled, get_onnx_path, load_network
 from test_config import MODELS_DIR, TestClsModuleConfig
+from verify import NetworksDisagree, compare
 
 
 def get_pytorch_onnx_model(original_model, origin, img_path):
@@ -94,7 +86,7 @@ def get_args():
     )
     parser.add_argument(
         "--weights",
-        default=DEFAULT_WEIGHTS,
+        default="IMAGENET1K_V1",
         help="torchvision's name of the weights (IMAGENET1K_V1, IMAGENET1K_V2), a state-dict file, "
         "or 'random' (default: %(default)s)",
     )

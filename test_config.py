@@ -28,7 +28,7 @@ class TestClsConfig:
     __test__ = False  # the name is the tutorial's; for pytest this is no test
 
     batch_size: int = option(50, "pictures in one forward pass")
-    frame_size: int = option(224, "width and height of the network's input, px")
+    frame_size: int = option(224, "width and height of the network's input, px, if not its own")
     img_root_dir: str = option(IMAGENET_VAL_DIR, "folder of the labelled pictures")
     img_cls_file: str = option("./val.txt", "their labels: lines of 'name class-ID'")
     bgr_to_rgb: bool = option(True, "the network takes RGB, OpenCV reads BGR")

@@ -12,17 +12,30 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "test_data" / "cls"
 sys.path.insert(0, str(ROOT))
+# PyTorch's threads take no time from the other tests' (read when torch is imported)
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def pytest_addoption(parser):
     parser.addoption("--all-models", action="store_true", help="convert every network of the list")
+    parser.addoption("--slow", action="store_true", help="run the tests marked as slow as well")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="needs --slow"))
 
 
 @pytest.fixture
 def env(tmp_path):
     """No display, no network (a proxy that refuses), an empty cache of weights."""
     env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    env["OMP_WAIT_POLICY"] = "PASSIVE"  # PyTorch's threads take no time from the other tests
     env["TORCH_HOME"] = str(tmp_path / "torch_home")
     for scheme in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         env[scheme] = "http://127.0.0.1:9"

@@ -202,7 +202,7 @@ def test_unknown_network(run, name, near):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--model_nmae resnet18", "--model_name"),
+        ("--model_nmae resnet18", "--model_nmae"),
         ("--test perhaps", "'perhaps'"),
         ("--batch_size 0", "--batch_size"),
         ("--frame_size 300", "--frame_size 300"),
@@ -257,10 +257,9 @@ def test_class_id_out_of_range(run, folder, weights):
     assert list((folder / "logs").iterdir()) == []
 
 
-def test_size_that_cannot_be_exported(run):
-    """The TorchScript exporter knows AlexNet's pooling for multiples of its output only."""
+def test_size_that_the_network_cannot_take(run):
     options = ["--weights", "random", "--evaluate", "False", "--frame_size", "256"]
-    result = run("py_to_py_cls.py", "--model_name", "alexnet", *options)
+    result = run("py_to_py_cls.py", "--model_name", "vit_b_32", *options)
     check_one_line(result, "256x256")
     assert result.stdout == ""
 

@@ -145,7 +145,7 @@ def test_preprocess_of_the_weights(data):
 
     import py_to_py_cls
 
-    transforms = py_to_py_cls.get_transforms("resnet50", "IMAGENET1K_V2", 224)
+    transforms = py_to_py_cls.get_transforms("resnet50", "IMAGENET1K_V2")
     path = PICTURES / "koala.jpg"
     expected = models.ResNet50_Weights.IMAGENET1K_V2.transforms()(Image.open(path))[None].numpy()
     blob = py_to_py_cls.get_torchvision_blob(path, transforms)
@@ -306,6 +306,7 @@ def test_two_processes_give_the_figures_of_one(folder, env, command, whole):
     assert sorted(p.suffix for p in (folder / "logs").iterdir()) == [".json", ".png", ".txt"]
 
 
+@pytest.mark.slow
 def test_two_machines_give_the_figures_of_one(folder, env, command, whole, free_port):
     """Two agents, as they are started on two machines, each in a folder of its own."""
     agents = []
@@ -321,6 +322,7 @@ def test_two_machines_give_the_figures_of_one(folder, env, command, whole, free_
     assert not list((folder / "machine1").glob("logs/*.json"))
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run(folder, env, command, whole):
     """With an error, no hang; and one process goes on from what both have done."""
     agent = start([*TORCHRUN, "--standalone", "--nproc-per-node", "2", *command[1:]], folder, env)
@@ -338,6 +340,7 @@ def test_a_rank_that_dies_ends_the_run(folder, env, command, whole):
     assert read_figures(folder) == whole
 
 
+@pytest.mark.slow
 def test_results_that_cannot_be_written_under_torchrun(folder, env, command, whole):
     """The states of all processes are kept."""
     (folder / "logs" / "resnet18_log.txt").mkdir(parents=True)

@@ -10,7 +10,7 @@ import torch
 from conftest import check_one_line
 
 from classification import RequestError
-from common import RANDOM, download, fetch_weights, load_network, load_state_dict
+from common import RANDOM, download, fetch_weights, load_network, load_weights
 
 CONTENT = bytes(range(256)) * 4096
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -93,17 +93,6 @@ def test_random_networks_are_the_same_every_time():
     assert all(torch.equal(a, b) for a, b in states)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "resnet152", "vgg11", "squeezenet1_0"])
-def test_random_networks_can_fail(name):
-    """Outputs of a size to compare, different from picture to picture."""
-    model, _ = load_network(name, "random")
-    batch = torch.randn(2, 3, 224, 224, generator=torch.manual_seed(5))
-    with torch.no_grad():
-        a, b = model(batch * torch.tensor([0.5, 2.0]).reshape(2, 1, 1, 1))
-    assert 1e-2 < a.abs().max() < 1e3
-    assert (a - b).abs().max() > 1e-2 * a.abs().max()
-
-
 class Code:
     """A pickle that runs code when it is loaded."""
 
@@ -140,14 +129,14 @@ def write_bad_file(kind, path, weights):
         ("text", "no weights"),
         ("nan", "fc.bias holds something else than finite numbers"),
         ("other architecture", "not the weights of resnet18"),
-        ("other classes", "not the weights of resnet18.*fc.weight"),
+        ("other classes", "not the weights of resnet18.*fc.bias"),
     ],
 )
 def test_bad_weights_file(tmp_path, weights, capfd, kind, words):
     path = tmp_path / "bad.pth"
     write_bad_file(kind, path, weights)
     with pytest.raises(RequestError, match=words) as caught:
-        load_state_dict("resnet18", path)
+        load_weights("resnet18", path)
     assert "\n" not in str(caught.value) and "bad.pth" in str(caught.value)
     assert "code ran" not in capfd.readouterr().out
 

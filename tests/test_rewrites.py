@@ -1,0 +1,179 @@
+"""onnx_rewrites.py: what OpenCV's importer gets wrong, and that the rewritten graph is right."""
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from common import (
+    RANDOM,
+    convert,
+    export_by_dynamo,
+    load_network,
+    read_metadata,
+    rewrite,
+)
+from onnx_rewrites import make_readable
+from verify import NetworksDisagree, get_references, run_engine_apart, verify
+
+BLOB = np.random.default_rng(2).standard_normal((2, 3, 8, 8)).astype(np.float32)
+
+
+def constant(name, value, dtype=np.float32):
+    return numpy_helper.from_array(np.array(value, dtype), name)
+
+
+def get_gelu():
+    nodes = [
+        helper.make_node("Div", ["input", "root"], ["scaled"]),
+        helper.make_node("Erf", ["scaled"], ["erf"]),
+        helper.make_node("Add", ["erf", "one"], ["plus"]),
+        helper.make_node("Mul", ["half", "plus"], ["halved"]),
+        helper.make_node("Mul", ["input", "halved"], ["output"]),
+    ]
+    return nodes, [constant("root", 2**0.5), constant("one", 1), constant("half", 0.5)]
+
+
+def get_einsum(equation="B C I D, B C J D -> B C I J"):
+    return [helper.make_node("Einsum", ["input", "input"], ["output"], equation=equation)], []
+
+
+def get_gate():
+    """Squeeze-and-excitation: input * HardSigmoid(mean(input)), as PyTorch's new exporter has it"""
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["input"], ["mean"]),
+        helper.make_node("HardSigmoid", ["mean"], ["gate"], alpha=1 / 6, beta=0.5),
+        helper.make_node("Mul", ["gate", "input"], ["output"]),
+    ]
+    return nodes, []
+
+
+def get_zeros():
+    nodes = [
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("Add", ["input", "zeros"], ["output"]),
+    ]
+    return nodes, [constant("shape", [8, 8], np.int64)]
+
+
+FAULTS = {
+    "gelu": get_gelu,
+    "einsum": get_einsum,
+    "einsum without transposition": lambda: get_einsum("B C I J, B C J D -> B C I D"),
+    "gate": get_gate,
+    "zeros": get_zeros,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_rewrite(tmp_path, fault):
+    nodes, constants = FAULTS[fault]()
+    shape = ["batch", 3, 8, 8]
+    tensors = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name in ("input", "output")
+    ]
+    graph = helper.make_graph(nodes, "graph", tensors[:1], tensors[1:], constants)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    expected = ReferenceEvaluator(proto).run(None, {"input": BLOB})[0]
+    assert np.ptp(expected) > 1
+
+    def is_right(proto):
+        path = tmp_path / "graph.onnx"
+        onnx.save(proto, path)
+        try:
+            (output, *_), _ = run_engine_apart(str(path), "new", [BLOB, BLOB[:1]])
+        except NetworksDisagree:
+            return False
+        return output.shape == expected.shape and np.allclose(output, expected, atol=1e-5)
+
+    if cv2.__version__ == "5.0.0":  # in a version where this fails, the rewrite can go
+        assert not is_right(proto)
+    make_readable(proto)
+    rewritten = ReferenceEvaluator(proto).run(None, {"input": BLOB})[0]
+    assert np.allclose(rewritten, expected, atol=1e-5)
+    assert is_right(proto)
+
+
+def test_what_needs_no_rewrite_stays(model):
+    proto = onnx.load(model)
+    before = proto.SerializeToString(deterministic=True)
+    make_readable(proto)
+    assert proto.SerializeToString(deterministic=True) == before
+
+
+def test_mobilenet_v3_from_the_new_exporter(tmp_path):
+    """Silently wrong as it is exported, which is found out; right once it is rewritten."""
+    network, _ = load_network("mobilenet_v3_small", "random")
+    references = get_references(network, BLOB[:1].repeat(8, axis=2).repeat(8, axis=3))
+    path = tmp_path / "mobilenet.onnx"
+    export_by_dynamo(network, path, (1, 3, 64, 64))
+    if cv2.__version__ == "5.0.0":
+        with pytest.raises(NetworksDisagree) as caught:
+            verify(str(path), references)
+        for words in ("new engine: on the picture", "classic engine: on", "relative error"):
+            assert words in str(caught.value)
+    rewrite(path)
+    assert "new" in verify(str(path), references)
+
+
+def test_what_torchscript_cannot_export(tmp_path):
+    """AlexNet's pooling of other than multiples of its output: the new exporter takes over."""
+    network, _ = load_network("alexnet", "random", frame_size=96)
+    blob = np.random.default_rng(3).standard_normal((1, 3, 96, 96)).astype(np.float32)
+    path = tmp_path / "alexnet.onnx"
+    convert(network, RANDOM, path, blob)
+    net = cv2.dnn.readNetFromONNX(str(path))
+    net.setInput(blob)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(blob)).numpy()
+    assert np.allclose(net.forward(), expected, atol=1e-5)
+
+
+def test_weights_over_two_gigabytes(tmp_path, monkeypatch, resnet18):
+    """With a smaller limit in its place: the weights lie in a file of their own."""
+    import common
+
+    monkeypatch.setattr(common, "MAX_ONNX_SIZE", 10_000_000)
+    blob = np.random.default_rng(3).standard_normal((1, 3, 224, 224)).astype(np.float32)
+    path = tmp_path / "models" / "resnet18.onnx"
+    convert(resnet18, RANDOM, path, blob)
+    data = path.with_name("resnet18.onnx.data")
+    assert {p.name for p in path.parent.iterdir()} == {path.name, data.name}
+    assert path.stat().st_size < 1_000_000 < 40_000_000 < data.stat().st_size
+    assert path.stat().st_mode == data.stat().st_mode
+    assert read_metadata(path)["weights"] == "random"
+    net = cv2.dnn.readNetFromONNX(str(path))
+    net.setInput(blob)
+    with torch.no_grad():
+        expected = resnet18(torch.from_numpy(blob)).numpy()
+    assert np.allclose(net.forward(), expected, atol=1e-4)
+
+    monkeypatch.setattr(common, "MAX_ONNX_SIZE", 2**31)
+    convert(resnet18, "other weights", path, blob)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_that_crashes_opencv_is_one_line(tmp_path):
+    nodes, constants = get_gelu()
+    nodes.append(helper.make_node("GlobalAveragePool", ["output"], ["pooled"]))
+    nodes.append(helper.make_node("Flatten", ["pooled"], ["logits"]))
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [value("input", onnx.TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [value("logits", onnx.TensorProto.FLOAT, ["batch", 3])],
+        constants,
+    )
+    path = tmp_path / "crash.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    references = [("the picture", BLOB, BLOB.mean(axis=(2, 3)))]
+    with pytest.raises(NetworksDisagree) as caught:
+        verify(str(path), references)
+    if cv2.__version__ == "5.0.0":
+        assert "new engine: it dies of the file (signal 11)" in str(caught.value)
+    assert "\n" not in str(caught.value)

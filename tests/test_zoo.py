@@ -1,0 +1,177 @@
+"""models.yml: what a conversion writes, and classification.py by name."""
+
+import shutil
+
+import cv2
+import pytest
+from conftest import PICTURES, ROOT, check_one_line, read_answer
+
+KOALA = PICTURES / "koala.jpg"
+CONVERT = ["--model_name", "resnet18", "--evaluate", "False"]
+
+
+def read_entry(path, name):
+    """The fields that OpenCV's samples know, by cv2.FileStorage."""
+    storage = cv2.FileStorage(str(path), cv2.FILE_STORAGE_READ)
+    node = storage.getNode(name)
+    text = {key: node.getNode(key).string() for key in ("model", "classes", "sample")}
+    numbers = {key: node.getNode(key).real() for key in ("scale", "width", "height")}
+    lists = {
+        key: [node.getNode(key).at(i).real() for i in range(node.getNode(key).size())]
+        for key in ("mean", "std")
+    }
+    return text | numbers | lists
+
+
+def test_entry_of_a_converted_network(run, folder, weights):
+    result = run("py_to_py_cls.py", *CONVERT, "--weights", weights)
+    assert "models/models.yml: python classification.py resnet18" in result.stdout
+    path = folder / "models" / "models.yml"
+    entry = read_entry(path, "resnet18")
+    assert entry == read_entry(path, "resnet18-trained")
+    classes = (folder / "models" / entry.pop("classes")).resolve()
+    assert classes == PICTURES / "imagenet_classes.txt"
+    assert entry == {
+        "model": "resnet18-trained.onnx",
+        "sample": "classification",
+        "scale": pytest.approx(1 / 255),
+        "mean": [123.675, 116.28, 103.53],
+        "std": [0.229, 0.224, 0.225],
+        "width": 224,
+        "height": 224,
+    }
+    assert "   rgb: true\n" in path.read_text()
+
+    # random weights have an entry of their own, and leave the trained network its name
+    result = run("py_to_py_cls.py", *CONVERT, "--weights", "random")
+    assert "models/models.yml: python classification.py resnet18-random" in result.stdout
+    assert read_entry(path, "resnet18")["model"] == "resnet18-trained.onnx"
+    assert read_entry(path, "resnet18-random")["model"] == "resnet18-random.onnx"
+    assert path.read_text().count("   rgb: true\n") == 3
+
+    by_name = run("classification.py", "resnet18", "--input", KOALA)
+    by_file = run("classification.py", "--input", "models/resnet18-trained.onnx", KOALA)
+    assert read_answer(by_name.stdout) == read_answer(by_file.stdout)
+    assert "RANDOM" not in by_name.stdout
+    assert "RANDOM" in run("classification.py", "resnet18-random").stdout
+
+
+@pytest.fixture
+def zoo(folder, model):
+    """A models.yml as OpenCV's samples have it, beside its model, in another folder."""
+    (folder / "zoo").mkdir()
+    shutil.copy(model, folder / "zoo" / "net.onnx")
+    (folder / "zoo" / "names.txt").write_text("".join(f"name {i}\n" for i in range(1000)))
+    path = folder / "zoo" / "models.yml"
+    path.write_text(
+        '%YAML 1.0\n---\nnet:\n  load_info:\n    sha1: "0123"\n  model: "net.onnx"\n'
+        "  mean: [104, 117, 123]\n  scale: 0.5\n  width: 192\n  height: 160\n  rgb: true\n"
+        '  classes: "names.txt"\n  sample: "classification"\n'
+        'face:\n  model: "face.onnx"\n  sample: "object_detection"\n'
+        'odd:\n  model: "net.onnx"\n  mean: [1, "x", 3]\n  sample: "classification"\n'
+    )
+    return path
+
+
+def test_entry_of_opencvs_samples(run, zoo):
+    """What it leaves out is what it is in the samples: no std, no crop, no initial resize."""
+    options = ["--input", KOALA, "--zoo", zoo]
+    by_name = run("classification.py", "net", *options)
+    spelled = [
+        "--mean",
+        "104",
+        "117",
+        "123",
+        "--scale",
+        "0.5",
+        "--width",
+        "192",
+        "--height",
+        "160",
+        "--rgb",
+    ]
+    spelled += ["--model", zoo.parent / "net.onnx", "--input", KOALA]
+    spelled += ["--classes", zoo.parent / "names.txt"]
+    assert read_answer(by_name.stdout) == read_answer(run("classification.py", *spelled).stdout)
+    assert "label: name " in by_name.stdout
+    assert "scale 0.5, mean 104 117 123, std none, rgb True, crop False" in by_name.stdout
+
+    # options on the command line win
+    changed = run("classification.py", "net", *options, "--mean", "0", "0", "0", "--rgb", "False")
+    assert "scale 0.5, mean 0 0 0, std none, rgb False, crop False" in changed.stdout
+    assert read_answer(changed.stdout) != read_answer(by_name.stdout)
+    other = run("classification.py", "net", "--zoo", zoo, "--input", "other.onnx", KOALA)
+    check_one_line(other, "other.onnx", "no such file")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["face"], ["models.yml", "no entry 'face'", "net"]),
+        (["koala.jpg"], ["no entry 'koala.jpg'", "--input"]),
+        (["odd"], ["--mean", "'x'"]),
+        (["net", "--zoo", "broken.yml"], ["broken.yml", "YAML"]),
+        (["net", "--zoo", "absent.yml"], ["absent.yml"]),
+    ],
+)
+def test_entries_that_cannot_be_used(run, folder, zoo, arguments, words):
+    (folder / "broken.yml").write_text("%YAML 1.0\n---\na b c\n")
+    arguments = arguments if "--zoo" in arguments else [*arguments, "--zoo", zoo]
+    check_one_line(run("classification.py", *arguments), *words)
+
+
+def test_a_name_without_any_entries(run):
+    check_one_line(run("classification.py", "resnet18"), "models.yml", "'resnet18'", "convert")
+
+
+def test_entries_are_found_beside_the_script(folder, zoo, run):
+    """As in OpenCV's samples, from any folder."""
+    shutil.copy(ROOT / "classification.py", zoo.parent)
+    (folder / "elsewhere").mkdir()
+    result = run(zoo.parent / "classification.py", "net", "--input", KOALA)
+    assert result.returncode == 0, result.stderr
+    assert "label: name " in result.stdout
+
+
+def test_a_size_of_its_own(run, folder):
+    """Test mode, models.yml and the file agree on what the weights' metadata say."""
+    options = ["--model_name", "efficientnet_b1", "--weights", "random", "--test", "True"]
+    result = run("py_to_py_cls.py", *options)
+    assert result.returncode == 0, result.stderr
+    assert "size 256x256 -> 240x240" in result.stdout
+    assert read_entry(folder / "models" / "models.yml", "efficientnet_b1")["width"] == 240
+    by_name = run("classification.py", "efficientnet_b1")
+    assert read_answer(by_name.stdout) == read_answer(result.stdout)
+
+
+def test_presets_are_torchvisions():
+    """The tutorial's preset is the metadata of the tutorial's networks; others bring their own."""
+    from default_preprocess_config import pytorch_resize_input_blob
+    from py_to_py_cls import MODELS, get_preset, get_transforms
+
+    for name in MODELS:
+        transforms = get_transforms(name, None)
+        assert transforms.crop_size == [224] and transforms.resize_size == [256]
+        assert [f"{255 * v:g}" for v in transforms.mean] == pytorch_resize_input_blob["mean"]
+        assert [f"{v:g}" for v in transforms.std] == pytorch_resize_input_blob["std"]
+        assert get_preset(name, None, None) == (224, pytorch_resize_input_blob)
+    for name, weights, size, resize in [
+        ("resnet50", "IMAGENET1K_V2", 224, "232"),
+        ("inception_v3", None, 299, "342"),
+        ("efficientnet_b7", None, 600, "600"),
+        ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384, "384"),
+        ("regnet_y_128gf", "random", 384, "384"),
+    ]:
+        found, preset = get_preset(name, weights, None)
+        assert (found, preset["rsz_width"], preset["rsz_height"]) == (size, resize, resize)
+    _, preset = get_preset("efficientnet_v2_l", None, None)
+    assert preset["mean"] == ["127.5"] * 3 and preset["std"] == ["0.5"] * 3
+
+
+def test_list_models(run):
+    lines = run("py_to_py_cls.py", "--list_models").stdout.splitlines()
+    assert len(lines) == 1 + 80
+    rows = {line.split()[0]: line.split() for line in lines[1:]}
+    assert rows["resnet50"][1:4] == ["256", "224", "76.13"]
+    assert rows["inception_v3"][1:3] == ["342", "299"]
+    assert rows["vit_h_14"][-1] == "IMAGENET1K_SWAG_E2E_V1"
