@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -575,6 +576,7 @@ class Answer:
     best: list  # (class ID, label, logit), the highest logit first
     seconds: float  # of the forward pass
     random: bool  # of a network with random weights
+    fps: float | None = None  # of the video so far: frames per second
 
 
 def get_answer(logits, seconds, labels, args, random):
@@ -628,17 +630,20 @@ def print_answer(name, answer):
 
 
 def annotate(picture, answer, grow=True):
-    """A copy of `picture` with the answer in its top left corner, in lines wrapped to its width.
+    """Write the answer into the top left corner of `picture`, in lines wrapped to its width.
 
-    With grow=False, text that a flat picture has no room for is cut off.
+    Returns the picture, or a larger copy of one that has no room for the text. With grow=False
+    it keeps its size, and the text is cut off.
     """
     lines = [f"{label}: {logit:.4f}" for _, label, logit in answer.best]
     lines.append(f"Inference time: {answer.seconds * 1000:.1f} ms")
+    if answer.fps is not None:
+        lines.append(f"{answer.fps:.1f} frames per second")
     if answer.random:
         lines.append(RANDOM_WARNING)
 
     height, width = picture.shape[:2]
-    if width < MIN_RESULT_WIDTH:
+    if grow and width < MIN_RESULT_WIDTH:
         zoom = min(MIN_RESULT_WIDTH / width, max(1, MAX_WINDOW_SIZE[1] / height))
         picture = cv2.resize(picture, (round(width * zoom), max(1, round(height * zoom))))
         right = max(0, MIN_RESULT_WIDTH - picture.shape[1])  # of a thin picture
@@ -667,13 +672,14 @@ def annotate(picture, answer, grow=True):
 
     box_height = len(rows) * step + margin
     box_width = min(width, max(map(text_width, rows)) + 2 * margin)
-    below = max(0, box_height - height)  # a flat picture gets a black strip for the text
-    result = cv2.copyMakeBorder(picture, 0, below, 0, 0, cv2.BORDER_CONSTANT)
-    result[:box_height, :box_width] //= 4  # darkened, so that text is legible on any picture
+    if grow and box_height > height:  # a flat picture gets a black strip for the text
+        below = box_height - height
+        picture = cv2.copyMakeBorder(picture, 0, below, 0, 0, cv2.BORDER_CONSTANT)
+    picture[:box_height, :box_width] //= 4  # darkened, so that text is legible on any picture
     for number, row in enumerate(rows):
         origin = (margin, number * step + margin + text_height)
-        cv2.putText(result, row, origin, font, scale, (0, 255, 0), thickness, cv2.LINE_AA)
-    return result if grow else result[:height]
+        cv2.putText(picture, row, origin, font, scale, (0, 255, 0), thickness, cv2.LINE_AA)
+    return picture
 
 
 # --- saving and showing ---------------------------------------------------------------------------
@@ -778,10 +784,10 @@ def window_closed(milliseconds):
 # --- the two kinds of source ----------------------------------------------------------------------
 
 
-def classify_picture(path, ask, output, window):
+def classify_picture(path, prepare, ask, output, window):
     """Classify one picture, print the answer, save the annotated picture, show it."""
     picture = read_picture(path)
-    answer = ask(picture)
+    answer = ask(prepare(picture))
     print_answer(path, answer)
     result = annotate(picture, answer)
     write_picture(output, result)
@@ -794,7 +800,7 @@ def classify_picture(path, ask, output, window):
         cv2.destroyAllWindows()
 
 
-def classify_video(kind, source, ask, output, window):
+def classify_video(kind, source, prepare, ask, output, window):
     """Classify each frame of a video or camera; print each change of the first answer.
 
     `output` None: nothing is saved. A key, or Ctrl-C, ends it; what is saved until then is whole.
@@ -806,35 +812,46 @@ def classify_video(kind, source, ask, output, window):
         hint = "is it connected?" if kind == "camera" else "the file may be cut short"
         raise RequestError(f"{kind} {source}: no frame can be read; {hint}")
     with whole_file(output) if output else contextlib.nullcontext() as part:
-        writer, last, frames, interrupted = None, None, 0, False
-        start = time.perf_counter()
-        try:
-            while read:
-                answer = ask(frame)
-                frames += 1
-                if answer.best[0][0] != last:
-                    last = answer.best[0][0]
-                    print_answer(f"{source}, frame {frames}", answer)
-                result = annotate(frame, answer, grow=False)
-                if part and writer is None:
-                    writer = open_video(part, output, capture, result)
-                if writer is not None:
-                    writer.write(result)
-                if window:
-                    show(result)
-                    if window_closed(1):
-                        break
-                read, frame = capture.read()
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
+        writer = open_video(part, output, capture, frame) if part else None
+
+        def finish(frame, answer):
+            result = annotate(frame, answer, grow=False)
             if writer is not None:
-                writer.release()
-            capture.release()
+                writer.write(result)
+            return result
+
+        last, frames, interrupted = None, 0, False
+        start = time.perf_counter()
+        # A frame is annotated and written while the next one is decoded and made into a blob; a
+        # forward pass has all cores to itself, or it would wait for the core that has other work.
+        with ThreadPoolExecutor(1) as thread:
+            finished = thread.submit(lambda: None)
+            try:
+                while read:
+                    blob = prepare(frame)
+                    finished.result()
+                    answer = ask(blob)
+                    frames += 1
+                    answer.fps = frames / (time.perf_counter() - start)
+                    if answer.best[0][0] != last:
+                        last = answer.best[0][0]
+                        print_answer(f"{source}, frame {frames}", answer)
+                    finished = thread.submit(finish, frame, answer)
+                    if window:
+                        show(finished.result())
+                        if window_closed(1):
+                            break
+                    read, frame = capture.read()
+                finished.result()
+            except KeyboardInterrupt:
+                interrupted = True
+        fps = frames / (time.perf_counter() - start)
+        capture.release()
+        if writer is not None:
+            writer.release()
         # VideoWriter doesn't say that the disk is full
         if part and cv2.VideoCapture(str(part)).get(cv2.CAP_PROP_FRAME_COUNT) != frames:
             raise RequestError(f"{output}: can't be written whole; is the disk full?")
-    fps = frames / (time.perf_counter() - start)
     promised = int(capture_frames) if capture_frames > frames else frames
     print(f"{source}: {frames} of {promised} frames, {fps:.1f} frames per second")
     if output:
@@ -866,17 +883,20 @@ def main():
     window = has_display()
     print(describe_preprocessing(args))
 
-    def ask(picture):
-        """The network's Answer for a BGR picture."""
-        logits, seconds = forward(net, get_blob(picture, args))
+    def prepare(picture):
+        return get_blob(picture, args)
+
+    def ask(blob):
+        """The network's Answer for the blob of a picture."""
+        logits, seconds = forward(net, blob)
         return get_answer(logits, seconds, labels, args, random)
 
     for (kind, source), output in zip(sources, outputs, strict=True):
         if kind == "picture":
-            classify_picture(source, ask, output, window)
+            classify_picture(source, prepare, ask, output, window)
         else:
             keep = args.output or (kind == "video" and not window)
-            classify_video(kind, source, ask, output if keep else None, window)
+            classify_video(kind, source, prepare, ask, output if keep else None, window)
     return 0
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import classification
 from classification import RANDOM_SUFFIX, RequestError, whole_file
-from verify import SEED, NetworksDisagree, get_references, verify
+from verify import SEED, NetworksDisagree, failing_network, get_references, verify
 
 # What torch.load raises for a file that isn't one of its own.
 NO_WEIGHTS = (
@@ -96,7 +96,8 @@ def load_network(model_name, weights=None, or_random=True, frame_size=224):
     if is_own(model_name):
         if weights is None:
             return build_network(model_name).eval(), model_name
-        return load_weights(model_name, find_weights_file(weights, "no such file")), weights
+        path = find_weights_file(weights, "no such file")
+        return load_weights(model_name, path, frame_size), weights
     known = get_weights(model_name)
     name = (weights or next(iter(known))).upper()
     if name not in known:
@@ -110,7 +111,7 @@ def load_network(model_name, weights=None, or_random=True, frame_size=224):
                 "FUNCTION",
                 file=sys.stderr,
             )
-        return load_weights(model_name, path), weights
+        return load_weights(model_name, path, frame_size), weights
     entry = known[name]
     try:
         path = fetch_weights(entry.url)
@@ -129,7 +130,7 @@ def load_network(model_name, weights=None, or_random=True, frame_size=224):
             flush=True,
         )
         return get_random_network(model_name, frame_size), RANDOM
-    return load_weights(model_name, path), entry.name
+    return load_weights(model_name, path, frame_size), entry.name
 
 
 def is_own(model_name):
@@ -150,13 +151,21 @@ def find_weights_file(path, reason):
     return path
 
 
-def build_network(model_name, **options):
+def build_network(model_name, frame_size=224, **options):
     """The network as it is before any weights are loaded; options: torchvision's, num_classes."""
     if is_own(model_name):
         return build_own_network(model_name)
     from torchvision import models
 
-    return models.get_model(model_name, **BUILD_OPTIONS.get(model_name, {}), **options)
+    options |= BUILD_OPTIONS.get(model_name, {})
+    if model_name.startswith("vit_"):  # which has a parameter for each place in the picture
+        options["image_size"] = frame_size
+    try:
+        return models.get_model(model_name, **options)
+    except AssertionError as error:
+        raise RequestError(
+            f"{model_name} can't be made for {frame_size}x{frame_size} pictures: {error}"
+        ) from None
 
 
 def build_own_network(model_name):
@@ -252,7 +261,7 @@ def download(url, path, sha256_start, timeout=DOWNLOAD_TIMEOUT):
             raise RequestError(f"{path.name}: broke off after {file.tell()} of {size} bytes")
 
 
-def load_weights(model_name, path):
+def load_weights(model_name, path, frame_size=224):
     """The network with the weights of a checkpoint file, in eval mode.
 
     The head is sized from the file. Raises RequestError where the file is damaged, no state dict,
@@ -267,7 +276,8 @@ def load_weights(model_name, path):
         state = {k: v for k, v in state.items() if not k.startswith(AUXILIARY_HEADS)}
         # On "meta" nothing is initialised, which takes longer than reading the weights.
         with torch.device("meta"):
-            model = build_network(model_name, num_classes=get_num_classes(model_name, state))
+            classes = get_num_classes(model_name, state)
+            model = build_network(model_name, frame_size, num_classes=classes)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
         problem = ", ".join(
@@ -340,7 +350,7 @@ def get_random_network(model_name, frame_size):
     import torch
 
     torch.manual_seed(SEED)
-    model = build_network(model_name).eval()
+    model = build_network(model_name, frame_size).eval()
     # from smooth to noisy, as pictures are; the noise that verify.py compares on is among them
     size = (frame_size, frame_size)
     smooth = torch.nn.functional.interpolate(torch.randn(8, 3, 6, 6), size, mode="bilinear")
@@ -363,7 +373,8 @@ def get_random_network(model_name, frame_size):
             if (parameter == parameter.flatten()[0]).all():
                 parameter += 0.02 * torch.randn_like(parameter)
         if hooks:
-            model(batch)
+            with failing_network(batch.shape):
+                model(batch)
     for hook in hooks:
         hook.remove()
     return model

@@ -6,6 +6,7 @@ OpenCV, and Python with it. That process is this script:
     python verify.py resnet50.onnx new < blobs.npz > logits.npz
 """
 
+import contextlib
 import io
 import os
 import subprocess
@@ -79,15 +80,21 @@ def run_pytorch(model, blob, memory_format=None):
     batch = torch.from_numpy(blob)
     if memory_format is not None:
         batch = batch.contiguous(memory_format=memory_format)
-    with torch.inference_mode():
-        try:
-            logits = model(batch)
-        except Exception as error:  # whatever a network's own code raises
-            height, width = blob.shape[2:]
-            raise RequestError(f"the network takes no {width}x{height} picture: {error}") from None
+    with torch.inference_mode(), failing_network(blob.shape):
+        logits = model(batch)
     if not torch.is_tensor(logits) or logits.ndim != 2 or len(logits) != len(blob):
         raise RequestError("not a classifier: its output is no tensor of shape (batch, classes)")
     return logits.float().numpy()
+
+
+@contextlib.contextmanager
+def failing_network(blob_shape):
+    """Whatever a network's own code raises becomes RequestError."""
+    try:
+        yield
+    except Exception as error:
+        height, width = blob_shape[2:]
+        raise RequestError(f"the network takes no {width}x{height} picture: {error}") from None
 
 
 def get_references(model, sample_blob):

@@ -3,10 +3,12 @@
     python tests/benchmark.py
 
 classification.py against five lines of cv2 in a process of their own, in turn, as the median of
-the ratios; and py_to_py_cls.py --test True with cached weights, with and without conversion.
+the ratios; on a video, against the sum of decoding, blob and forward pass; and py_to_py_cls.py
+--test True with cached weights, with and without conversion.
 """
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -14,12 +16,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 from torchvision import models
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "test_data" / "cls" / "red_panda.jpg"
 RUNS = 15
+VIDEO_RUNS = 5
 
 FIVE_LINES = """
 import sys, cv2, numpy as np
@@ -32,6 +37,42 @@ answer = str(net.forward().argmax())
 cv2.putText(image, answer, (10, 30), cv2.FONT_HERSHEY_SIMPLEX, 1, (0, 255, 0))
 cv2.imwrite("result.jpg", image)
 """
+
+
+VIDEO_LOOP = """
+import sys, time, cv2
+sys.path.insert(0, sys.argv[3])
+from classification import get_blob, parse_args, read_net
+args = parse_args([])
+net, capture, frames = read_net(args, sys.argv[1]), cv2.VideoCapture(sys.argv[2]), 0
+read, frame = capture.read()
+start = time.perf_counter()
+while read:
+    net.setInput(get_blob(frame, args))
+    net.forward()
+    frames += 1
+    read, frame = capture.read()
+print(frames / (time.perf_counter() - start), "frames per second")
+"""
+
+
+def write_video(path, size, frames=150):
+    """A zoom into each of the bundled pictures, one after the other."""
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), 25, size)
+    pictures = [cv2.imread(str(p)) for p in sorted(PICTURE.parent.glob("*.jpg"))]
+    for number in range(frames):
+        picture = pictures[number // 25 % len(pictures)]
+        zoom = 1 + number % 25 / 50
+        matrix = np.diag([zoom * s / p for s, p in zip(size, picture.shape[1::-1], strict=True)])
+        writer.write(cv2.warpAffine(picture, np.hstack([matrix, np.zeros((2, 1))]), size))
+    writer.release()
+
+
+def get_fps(*command):
+    output = subprocess.run(
+        [sys.executable, *map(str, command)], check=True, capture_output=True, text=True
+    ).stdout
+    return float(re.search(r"([\d.]+) frames per second", output).group(1))
 
 
 def seconds(*command):
@@ -67,6 +108,20 @@ def main():
         print(f"classification.py, resnet50:              {a:.2f} s")
         print(f"five lines of cv2:                        {b:.2f} s")
         print(f"ratio:                                    {ratio:.2f}")
+
+        squeezenet = ["--model_name", "squeezenet1_0", "--weights", "random", "--evaluate", "no"]
+        seconds(ROOT / "py_to_py_cls.py", *squeezenet)
+        for network in ("resnet50", "squeezenet1_0-random"):
+            for size in ((640, 480), (1280, 720)):
+                write_video("video.mp4", size)
+                path = f"models/{network}.onnx"
+                script = (ROOT / "classification.py", "--input", path, "video.mp4")
+                loop = ("-c", VIDEO_LOOP, path, "video.mp4", ROOT)
+                pairs = [(get_fps(*loop), get_fps(*script)) for _ in range(VIDEO_RUNS)]
+                ratio = statistics.median(a / b for a, b in pairs)
+                fps = statistics.median(b for _, b in pairs)
+                title = f"video {size[0]}x{size[1]}, {network.partition('-')[0]}:"
+                print(f"{title:42}{fps:.1f} frames per second, {ratio:.2f} x the sum of its parts")
         os.chdir("/")
 
 

@@ -258,10 +258,11 @@ def test_class_id_out_of_range(run, folder, weights):
 
 
 def test_size_that_the_network_cannot_take(run):
-    options = ["--weights", "random", "--evaluate", "False", "--frame_size", "256"]
-    result = run("py_to_py_cls.py", "--model_name", "vit_b_32", *options)
-    check_one_line(result, "256x256")
-    assert result.stdout == ""
+    options = ["--weights", "random", "--evaluate", "False", "--frame_size", "200"]
+    for name in ("maxvit_t", "vit_b_32"):
+        result = run("py_to_py_cls.py", "--model_name", name, *options)
+        check_one_line(result, "200x200")
+        assert result.stdout == ""
 
 
 def test_folder_that_cannot_be_written(run, folder, weights):

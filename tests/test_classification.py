@@ -173,16 +173,19 @@ def test_video_is_annotated_frame_by_frame(run, model, folder):
     writer.release()
     result = run("classification.py", "--input", "in.mp4", model)
     assert result.returncode == 0, result.stderr
-    assert "6 frames" in result.stdout
+    assert "6 of 6 frames, " in result.stdout and " frames per second" in result.stdout
     capture = cv2.VideoCapture(str(folder / "results" / "in_resnet18.mp4"))
     assert capture.get(cv2.CAP_PROP_FPS) == 10
     saved = []
     while (got := capture.read())[0]:
         saved.append(got[1])
     assert len(saved) == 6
-    # dark box in the corner, the picture itself below
-    assert saved[0][:20, :20].mean() < frames[0][:20, :20].mean() / 2
-    assert np.abs(saved[0][-100:].astype(int) - frames[0][-100:]).mean() < 15
+    for number, picture in enumerate(saved):
+        # dark box in the corner, the picture itself below, in its order
+        frame, other = frames[number % 2], frames[1 - number % 2]
+        assert picture[:20, :20].mean() < frame[:20, :20].mean() / 2
+        assert np.abs(picture[-100:].astype(int) - frame[-100:]).mean() < 15
+        assert np.abs(picture[-100:].astype(int) - other[-100:]).mean() > 30
 
 
 @pytest.mark.parametrize("display", ["", ":77"])
