@@ -410,10 +410,9 @@ def convert(model, origin, onnx_path, sample_blob, use_cached=True):
     """
     onnx_path = Path(onnx_path)
     key = get_conversion_key(model, origin, sample_blob.shape)
-    found = read_metadata(onnx_path)
-    if use_cached and key.items() <= found.items():
-        print(f"{onnx_path}: converted and verified before, with these weights and versions")
-        return found["engines"].split()
+    engines = find_verified(onnx_path, key) if use_cached else None
+    if engines:
+        return engines
     references = get_references(model, sample_blob)
     onnx_path.unlink(missing_ok=True)  # of other weights or versions: not this network
     failures = []
@@ -427,7 +426,7 @@ def convert(model, origin, onnx_path, sample_blob, use_cached=True):
             except RequestError as error:
                 failures.append(error)
                 continue
-            write_metadata(part, key | {"engines": " ".join(engines), "engine": engines[0]})
+            add_metadata(part, key | {"engines": " ".join(engines), "engine": engines[0]})
             for name in (f"{onnx_path.name}.data", onnx_path.name):
                 (onnx_path.parent / name).unlink(missing_ok=True)
                 if (folder / name).exists():
@@ -436,6 +435,15 @@ def convert(model, origin, onnx_path, sample_blob, use_cached=True):
         return engines
     disagree = any(isinstance(error, NetworksDisagree) for error in failures)
     raise (NetworksDisagree if disagree else RequestError)(" -- ".join(map(str, failures)))
+
+
+def find_verified(onnx_path, key):
+    """The engines of a file that was converted before with this key; None if it wasn't."""
+    found = read_metadata(onnx_path)
+    if not key.items() <= found.items():
+        return None
+    print(f"{onnx_path}: converted and verified before, with these weights and versions")
+    return found["engines"].split()
 
 
 @contextlib.contextmanager
@@ -547,12 +555,14 @@ def get_conversion_key(model, origin, blob_shape):
     }
 
 
-def write_metadata(path, texts):
+def add_metadata(path, texts):
+    """Add metadata to an ONNX file: protobuf takes what is appended for a part of the message."""
     import onnx
 
-    proto = onnx.load(path, load_external_data=False)
+    proto = onnx.ModelProto()
     onnx.helper.set_model_props(proto, texts)
-    onnx.save(proto, path)
+    with open(path, "ab") as file:
+        file.write(proto.SerializeToString())
 
 
 def read_metadata(path):

@@ -54,6 +54,7 @@ from common import (
     add_to_zoo,
     convert,
     find_bundled,
+    find_verified,
     get_alias,
     get_conversion_key,
     get_onnx_path,
@@ -1038,8 +1039,11 @@ def get_network(args, config, sample_blob, given, or_random):
     fit = classification.fit_labels(read_labels(config.classes), given.get("classes"), count)
     if config.model:
         onnx_path = Path(config.model)
-        engines = verify(onnx_path, get_references(model, sample_blob))
-        print(f"{onnx_path}: verified")
+        key = get_conversion_key(model, origin, sample_blob.shape)
+        engines = None if is_own(args.model_name) else find_verified(onnx_path, key)
+        if not engines:
+            engines = verify(onnx_path, get_references(model, sample_blob))
+            print(f"{onnx_path}: verified")
     else:
         onnx_path = get_onnx_path(args.model_name, origin, MODELS_DIR)
         # what a function of the user's computes is not told by its weights

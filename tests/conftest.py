@@ -23,13 +23,16 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; runs with --slow")
+    config.addinivalue_line("markers", "all_models: runs with --all-models")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
+    for option in ("--slow", "--all-models"):
+        skip = pytest.mark.skip(reason=f"needs {option}")
         for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="needs --slow"))
+            marker = item.get_closest_marker(option.strip("-").replace("-", "_"))
+            if marker and not config.getoption(option):
+                item.add_marker(skip)
 
 
 @pytest.fixture
@@ -109,6 +112,19 @@ def model(resnet18, tmp_path_factory):
         dynamic_axes={"input": batch, "output": batch},
         dynamo=False,
     )
+    return path
+
+
+@pytest.fixture(scope="session")
+def converted(resnet18, weights, tmp_path_factory):
+    """The file that the project makes of it, verified."""
+    import classification
+    from common import convert
+
+    picture = classification.read_picture(PICTURES / "red_panda.jpg")
+    path = tmp_path_factory.mktemp("converted") / "resnet18.onnx"
+    blob = classification.get_blob(picture, classification.parse_args([]))
+    convert(resnet18, str(weights), path, blob)
     return path
 
 

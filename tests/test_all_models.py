@@ -27,10 +27,7 @@ PACKAGES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def all_models(request):
-    if not request.config.getoption("--all-models"):
-        pytest.skip("needs --all-models")
+pytestmark = pytest.mark.all_models
 
 
 @pytest.fixture(scope="session")

@@ -40,13 +40,13 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def command(data, weights, model):
+def command(data, weights, converted):
     """An evaluation in ten batches, on one engine, without a conversion.
 
     From the class folders, while `whole` is from the label file: so each test that compares the
     two shows as well that the folders in sorted order are the classes 0, 1, 2 ...
     """
-    options = ["--model_name", "resnet18", "--weights", str(weights), "--model", str(model)]
+    options = ["--model_name", "resnet18", "--weights", str(weights), "--model", str(converted)]
     options += ["--img_root_dir", str(data / "folders"), "--batch_size", "4", "--engine", "new"]
     return [sys.executable, CLS, *options]
 
@@ -65,13 +65,13 @@ def read_figures(folder, name="resnet18_summary.json"):
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory, data, weights, model):
+def whole(tmp_path_factory, data, weights, converted):
     """Figures of a run that was never stopped, from the label file; made by one worker for all."""
     folder = tmp_path_factory.getbasetemp().parent / "whole"
     with FileLock(f"{folder}.lock"):
         if not (folder / "logs" / "resnet18_summary.json").exists():
             folder.mkdir(exist_ok=True)
-            options = ["--model_name", "resnet18", "--weights", weights, "--model", model]
+            options = ["--model_name", "resnet18", "--weights", weights, "--model", converted]
             options += ["--img_root_dir", data / "folders", "--img_cls_file", data / "labels.txt"]
             options += ["--batch_size", "4", "--engine", "new"]
             subprocess.run([sys.executable, CLS, *map(str, options)], cwd=folder, check=True)
@@ -157,14 +157,14 @@ def test_preprocess_of_the_weights(data):
     }
 
 
-def test_pictures_that_cannot_be_read(run, folder, weights, model):
+def test_pictures_that_cannot_be_read(run, folder, weights, converted):
     """Skipped, counted and listed, with the figures of the others; over 1 % the exit code is 1."""
     for name, _ in LABELLED[:4]:
         shutil.copy(PICTURES / name, folder)
     (folder / "cut.jpg").write_bytes((PICTURES / "koala.jpg").read_bytes()[:9000])
     names = [name for name, _ in LABELLED[:4]] + ["cut.jpg", "missing.jpg"]
     (folder / "val.txt").write_text("".join(f"{name} 1\n\n" for name in names))
-    options = ["--weights", weights, "--model", model, "--img_root_dir", ".", "--batch_size", 2]
+    options = ["--weights", weights, "--model", converted, "--img_root_dir", ".", "--batch_size", 2]
     result = run("py_to_py_cls.py", "--model_name", "resnet18", *options)
     check_one_line(result, "2 of 6 pictures", code=1)
     log = (folder / "logs" / "resnet18_log.txt").read_text()
@@ -174,7 +174,7 @@ def test_pictures_that_cannot_be_read(run, folder, weights, model):
     assert read_figures(folder)["read"] == 4
 
 
-def test_odd_pictures(run, folder, weights, model):
+def test_odd_pictures(run, folder, weights, converted):
     """Grey, CMYK, alpha, 16 bits, turned by EXIF, one pixel high."""
     from PIL import Image
 
@@ -199,7 +199,7 @@ def test_odd_pictures(run, folder, weights, model):
     names = sorted(p.name for p in folder.glob("*.*g"))
     assert len(names) == 7
     (folder / "val.txt").write_text("".join(f"{name} 1\n" for name in names))
-    options = ["--weights", weights, "--model", model, "--img_root_dir", "."]
+    options = ["--weights", weights, "--model", converted, "--img_root_dir", "."]
     result = run("py_to_py_cls.py", "--model_name", "resnet18", *options)
     assert result.returncode == 0, result.stderr
     assert "same class 7 of 7" in result.stdout
@@ -229,6 +229,7 @@ def stop_after(process, folder, batches, signum):
     return process.communicate(timeout=60)
 
 
+@pytest.mark.slow
 def test_killed_at_several_points(folder, env, command, whole):
     """SIGKILL twice, and a line that broke off: the figures are those of an unbroken run."""
     stop_after(start(command, folder, env), folder, 2, signal.SIGKILL)
@@ -247,23 +248,28 @@ def test_killed_at_several_points(folder, env, command, whole):
     assert not list(folder.glob("logs/*.state"))
 
 
-def test_ctrl_c_and_other_settings(folder, env, command):
-    """The results so far, marked as partial; other settings don't take them over."""
+def test_ctrl_c(folder, env, command):
+    """The results so far, marked as partial; the same command goes on, if it is not told not to."""
     process = start(command, folder, env)
     stdout, stderr = stop_after(process, folder, 2, signal.SIGINT)
     assert process.returncode == 130
     assert stderr.splitlines() == ["py_to_py_cls.py: stopped by Ctrl-C"]
     assert "PARTIAL" in stdout and "PARTIAL" in (folder / "logs" / "resnet18_log.txt").read_text()
     assert read_figures(folder)["partial"]
+    anew = [*command, "--resume", "False"]
+    result = subprocess.run(anew, cwd=folder, env=env, capture_output=True, text=True)
+    assert "going on" not in result.stdout
+    assert not list(folder.glob("logs/*.state"))
+
+
+@pytest.mark.slow
+def test_other_settings_take_nothing_over(folder, env, command):
+    stop_after(start(command, folder, env), folder, 2, signal.SIGKILL)
     state = list(folder.glob("logs/*.state"))
     other = [*command, "--batch_size", "20"]
     result = subprocess.run(other, cwd=folder, env=env, capture_output=True, text=True)
     assert "going on" not in result.stdout
     assert list(folder.glob("logs/*.state")) == state
-    anew = [*command, "--resume", "False"]
-    result = subprocess.run(anew, cwd=folder, env=env, capture_output=True, text=True)
-    assert "going on" not in result.stdout
-    assert not list(folder.glob("logs/*.state"))
 
 
 def test_fingerprint_of_the_data(folder):

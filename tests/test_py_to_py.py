@@ -64,7 +64,7 @@ def test_test_mode_and_conversion(run, folder, env, weights, torchvision_logits)
     assert picture.shape == cv2.imread(str(RED_PANDA)).shape
 
     path = folder / "models" / "resnet18.onnx"
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert {p.name for p in path.parent.iterdir()} == {path.name, "models.yml"}
     graph = onnx.load(path).graph
     assert [n.name for n in graph.input] == ["input"]
     assert [n.name for n in graph.output] == ["output"]
@@ -123,8 +123,12 @@ def test_evaluation_with_nothing_but_the_install(run, folder):
     assert "12 bundled pictures" in result.stdout
     assert "RANDOM WEIGHTS" in result.stderr
     assert "RANDOM weights" in (folder / "logs" / "squeezenet1_1-random_log.txt").read_text()
-    assert (folder / "models" / "squeezenet1_1-random.onnx").is_file()
     assert (folder / "results" / "red_panda_squeezenet1_1-random_classification.jpg").is_file()
+
+    # renamed, the answer is marked all the same: the file's metadata say it
+    (folder / "models" / "squeezenet1_1-random.onnx").rename(folder / "renamed.onnx")
+    result = run("classification.py", "--input", "renamed.onnx", RED_PANDA)
+    assert "* RANDOM WEIGHTS" in result.stdout
 
 
 def test_named_data_is_not_evaluated_with_random_weights(run, folder):
@@ -177,21 +181,12 @@ def test_outputs_that_prove_nothing(folder, value):
     assert list(folder.iterdir()) == []
 
 
-def test_a_file_called_random_is_not_taken_for_random_weights(run, folder, weights):
-    shutil.copy(weights, folder / "random.pth")
-    options = ["--model_name", "resnet18", "--weights", "random.pth", "--test", "True"]
-    result = run("py_to_py_cls.py", *options)
-    assert result.returncode == 0, result.stderr
-    assert "RANDOM" not in result.stdout
+def test_a_file_called_random_is_not_taken_for_random_weights():
+    from classification import RANDOM_SUFFIX
+    from common import get_onnx_path
 
-
-def test_random_weights_are_told_by_the_files_metadata(run, folder):
-    """Renamed, and the answer is marked all the same."""
-    options = ["--model_name", "squeezenet1_1", "--weights", "random", "--evaluate", "False"]
-    run("py_to_py_cls.py", *options)
-    (folder / "models" / "squeezenet1_1-random.onnx").rename(folder / "renamed.onnx")
-    result = run("classification.py", "--input", "renamed.onnx", RED_PANDA)
-    assert "* RANDOM WEIGHTS" in result.stdout
+    stem = get_onnx_path("resnet18", "some/random.pth", "models").stem
+    assert not stem.endswith(RANDOM_SUFFIX) and stem != "resnet18"
 
 
 def test_standalone_constants_are_the_projects():
