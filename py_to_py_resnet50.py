@@ -9,8 +9,9 @@ The converted network is kept in models/ in the current folder.
 import cv2
 import numpy as np
 
+import classification
 from classification import RANDOM_WARNING, OneLineParser, read_labels, read_picture, run
-from common import RANDOM, convert, find_bundled, get_onnx_path, load_network
+from common import RANDOM, add_to_zoo, convert, find_bundled, get_onnx_path, load_network
 from test_config import MODELS_DIR, TestClsModuleConfig
 from verify import NetworksDisagree, compare
 
@@ -19,6 +20,9 @@ def get_pytorch_onnx_model(original_model, origin, img_path):
     """Convert the network, OpenCV's answer on the picture verified; return the file's path."""
     full_model_path = get_onnx_path("resnet50", origin, MODELS_DIR)
     convert(original_model, origin, full_model_path, get_preprocessed_img(img_path))
+    # so that "python classification.py resnet50" knows the file and its preprocessing
+    labels = find_bundled(TestClsModuleConfig().classes)
+    add_to_zoo("resnet50", full_model_path, classification.parse_args([]), labels)
     return str(full_model_path)
 
 
