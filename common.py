@@ -21,6 +21,7 @@ import threading
 import traceback
 import urllib.request
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import cv2
@@ -267,17 +268,20 @@ def load_weights(model_name, path, frame_size=224):
     The head is sized from the file. Raises RequestError where the file is damaged, no state dict,
     or another network's.
     """
-    import torch
-
-    state = read_state_dict(path)
+    state, metadata = read_state_dict(path)
     if is_own(model_name):
         model = build_network(model_name)
     else:
-        state = {k: v for k, v in state.items() if not k.startswith(AUXILIARY_HEADS)}
-        # On "meta" nothing is initialised, which takes longer than reading the weights.
-        with torch.device("meta"):
-            classes = get_num_classes(model_name, state)
-            model = build_network(model_name, frame_size, num_classes=classes)
+        state = {
+            rename_densenet_key(key): value
+            for key, value in state.items()
+            if not key.startswith(AUXILIARY_HEADS)
+        }
+        classes = get_num_classes(model_name, state)
+        model = build_empty_network(model_name, frame_size, num_classes=classes)
+    # By the versions in here modules read older files; MNASNet demands one (2 in torchvision 0.29).
+    state = OrderedDict(state)
+    state._metadata = metadata or {"": {"version": 2}}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
         problem = ", ".join(
@@ -292,8 +296,30 @@ def load_weights(model_name, path, frame_size=224):
     return model.float().eval()
 
 
+def build_empty_network(model_name, frame_size=224, **options):
+    """One of torchvision's networks, to be filled with weights."""
+    import torch
+
+    # On "meta" nothing is initialised, which takes longer than reading the weights. RegNet
+    # computes its widths with tensors, and so can't be built there (torchvision 0.29).
+    try:
+        with torch.device("meta"):
+            return build_network(model_name, frame_size, **options)
+    except NotImplementedError:
+        return build_network(model_name, frame_size, **options)
+
+
+def rename_densenet_key(key):
+    """denselayer1.norm.1.weight -> denselayer1.norm1.weight
+
+    torchvision's files of DenseNet's weights have the names of before PyTorch 0.4, and torchvision
+    renames them so.
+    """
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)
+
+
 def read_state_dict(path):
-    """{name: tensor} of a checkpoint file, without what a training script wrapped it in."""
+    """({name: tensor}, its metadata or None) of a checkpoint file, without what wrapped it."""
     import torch
 
     how = "delete it, or save one with torch.save(model.state_dict(), FILE)"
@@ -320,10 +346,16 @@ def read_state_dict(path):
     for key, value in state.items():
         if value.layout != torch.strided or value.is_complex() or not torch.isfinite(value).all():
             raise RequestError(f"{path}: {key} holds something else than finite numbers; {how}")
+    metadata = getattr(state, "_metadata", None)  # {module: {"version": its version}}
     for prefix in WRAPPER_PREFIXES * 2:  # in either order
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+            metadata = metadata and {
+                f"{module}.".removeprefix(prefix).rstrip("."): version
+                for module, version in metadata.items()
+                if f"{module}.".startswith(prefix)
+            }
+    return state, metadata
 
 
 def get_num_classes(model_name, state):
@@ -331,10 +363,7 @@ def get_num_classes(model_name, state):
 
     The head's weight is the last one whose shape depends on the number of classes.
     """
-    import torch
-
-    with torch.device("meta"):
-        few, more = (build_network(model_name, num_classes=n).state_dict() for n in (2, 3))
+    few, more = (build_empty_network(model_name, num_classes=n).state_dict() for n in (2, 3))
     head = [key for key in few if few[key].shape != more[key].shape and few[key].ndim > 1][-1]
     return len(state[head]) if head in state and state[head].ndim else len(few[head])
 

@@ -211,7 +211,7 @@ def get_parser():
         "--preprocess",
         choices=["tutorial", "torchvision"],
         default="tutorial",
-        help="evaluation mode: the centre of the picture resized to 256x256, or the transforms of "
+        help="evaluation mode: the centre of the resized picture, or the transforms of "
         "the weights, whose accuracy is the published one (default: tutorial)",
     )
     add(
