@@ -83,21 +83,18 @@ def run_evaluation(name, folder):
 
 def get_logits(name, folder, engine, number):
     """Both networks' logits as py_to_py_cls.py has them, (2, number, classes)."""
-    import py_to_py_cls as cls
-    from common import load_network, run_opencv
+    from common import load_network
     from default_preprocess_config import pytorch_resize_input_blob
+    from evaluation import get_tutorial_blob, prepare_pytorch, read_with_engine
     from test_config import TestClsConfig
+    from verify import run_opencv
 
     names = sorted(os.listdir(folder))[:number]
     config = TestClsConfig()
-    blobs = [
-        cls.get_tutorial_blob(f"{folder}/{n}", pytorch_resize_input_blob, config) for n in names
-    ]
+    blobs = [get_tutorial_blob(f"{folder}/{n}", pytorch_resize_input_blob, config) for n in names]
     blob = np.concatenate(blobs)
-    net = cls.read_with_engine(f"models/{name}-random.onnx", engine)
-    return np.stack(
-        [cls.prepare_pytorch(load_network(name, "random")[0])(blob), run_opencv(net, blob)]
-    )
+    net = read_with_engine(f"models/{name}-random.onnx", engine)
+    return np.stack([prepare_pytorch(load_network(name, "random")[0])(blob), run_opencv(net, blob)])
 
 
 def compare_programs(name, folder, rounds):

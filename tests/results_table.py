@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 import classification  # noqa: E402
 from common import export_by_dynamo, export_by_torchscript, load_network, rewrite  # noqa: E402
-from py_to_py_cls import get_preset, get_processor, get_torchvision_names  # noqa: E402
+from evaluation import get_processor  # noqa: E402
+from py_to_py_cls import get_preset, get_torchvision_names  # noqa: E402
 from verify import (  # noqa: E402
     NetworksDisagree,
     get_references,

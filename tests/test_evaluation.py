@@ -123,7 +123,7 @@ def test_evaluation_blob_is_torchvisions(folder):
     """The true centre crop: torchvision's own transforms on the same resized picture."""
     from torchvision.transforms import v2
 
-    import py_to_py_cls
+    import evaluation
     from default_preprocess_config import pytorch_resize_input_blob
     from test_config import TestClsConfig
 
@@ -133,7 +133,7 @@ def test_evaluation_blob_is_torchvisions(folder):
         [v2.CenterCrop(224), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
     )
     expected = transforms(torch.from_numpy(rgb).permute(2, 0, 1))[None].numpy()
-    blob = py_to_py_cls.get_tutorial_blob(path, pytorch_resize_input_blob, TestClsConfig())
+    blob = evaluation.get_tutorial_blob(path, pytorch_resize_input_blob, TestClsConfig())
     assert blob.dtype == np.float32
     assert np.abs(blob - expected).max() < 1e-5
 
@@ -143,15 +143,16 @@ def test_preprocess_of_the_weights(data):
     from PIL import Image
     from torchvision import models
 
-    import py_to_py_cls
+    import evaluation
+    from py_to_py_cls import get_transforms
 
-    transforms = py_to_py_cls.get_transforms("resnet50", "IMAGENET1K_V2")
+    transforms = get_transforms("resnet50", "IMAGENET1K_V2")
     path = PICTURES / "koala.jpg"
     expected = models.ResNet50_Weights.IMAGENET1K_V2.transforms()(Image.open(path))[None].numpy()
-    blob = py_to_py_cls.get_torchvision_blob(path, transforms)
+    blob = evaluation.get_torchvision_blob(path, transforms)
     assert blob.shape == (1, 3, 224, 224)
     assert np.abs(blob - expected).mean() < 0.02
-    assert py_to_py_cls.get_published("IMAGENET1K_V1", "resnet50") == {
+    assert evaluation.get_published("IMAGENET1K_V1", "resnet50") == {
         "acc@1": 76.13,
         "acc@5": 92.862,
     }
@@ -274,7 +275,7 @@ def test_other_settings_take_nothing_over(folder, env, command):
 
 def test_fingerprint_of_the_data(folder):
     """Changed pictures of the same names and sizes are other data to go on with."""
-    from py_to_py_cls import get_data_fingerprint
+    from evaluation import get_data_fingerprint
 
     shutil.copy(PICTURES / "koala.jpg", folder)
     pictures = [(str(folder / "koala.jpg"), 105)]
