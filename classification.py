@@ -374,7 +374,7 @@ def split_inputs(inputs, model=None):
         raise RequestError(f"{found} given: name one .onnx file, --input MODEL.onnx PICTURE")
     if not sources:
         if not BUNDLED_PICTURE.is_file():
-            raise RequestError("no picture given: --input MODEL.onnx PICTURE")
+            raise RequestError("no picture given: add one after --input")
         sources = [str(BUNDLED_PICTURE)]
     return models[0], sources
 

@@ -96,6 +96,7 @@ def load_network(model_name, weights=None, or_random=True, frame_size=224):
         return get_random_network(model_name, frame_size), RANDOM
     if is_own(model_name):
         if weights is None:
+            print(f"{model_name}: with the weights that it has when it is returned")
             return build_network(model_name).eval(), model_name
         path = find_weights_file(weights, "no such file")
         return load_weights(model_name, path, frame_size), weights
@@ -182,7 +183,9 @@ def build_own_network(model_name):
     try:
         module = importlib.import_module(module_name)
         if not hasattr(module, function_name):
-            raise RequestError(f"--model_name {model_name}: {module_name} has no {function_name}")
+            raise RequestError(
+                f"--model_name {model_name}: {module.__file__} has no {function_name}"
+            )
         model = getattr(module, function_name)
         if not isinstance(model, torch.nn.Module):
             model = model()
@@ -190,7 +193,7 @@ def build_own_network(model_name):
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        known = os.path.exists(place.filename)
+        known = os.path.exists(place.filename) and place.filename != __file__
         where = f" ({place.filename}, line {place.lineno})" if known else ""
         raise RequestError(
             f"--model_name {model_name}: {type(error).__name__}: {error}{where}"
@@ -322,7 +325,7 @@ def read_state_dict(path):
     """({name: tensor}, its metadata or None) of a checkpoint file, without what wrapped it."""
     import torch
 
-    how = "delete it, or save one with torch.save(model.state_dict(), FILE)"
+    how = "download it again, or save one with torch.save(model.state_dict(), FILE)"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
@@ -330,7 +333,8 @@ def read_state_dict(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except NO_WEIGHTS:
         raise RequestError(
-            f"{path}: no weights: cut short, another format, or more in it than tensors; {how}"
+            f"{path}: no weights: cut short, another format, or more in it than tensors (a whole "
+            f"model, say), which could run code; {how}"
         ) from None
     if isinstance(state, dict):
         state = next((state[k] for k in WRAPPER_KEYS if isinstance(state.get(k), dict)), state)
@@ -614,48 +618,64 @@ def add_to_zoo(alias, onnx_path, args, classes):
 
     In the form of the models.yml of OpenCV's samples, and read and written by cv2.FileStorage.
     args: the options of classification.py that it was verified with; classes: the file of the
-    class names, or None. Entries of other networks stay. The entry is called `alias`, but random
-    weights don't take the name from trained ones; and as the file is called.
+    class names, or None; a copy of it goes beside the model, so that the folder can be taken
+    elsewhere. Entries of other networks stay. The entry is called `alias`, but random weights
+    don't take the name from trained ones; and as the file is called.
     """
     path = onnx_path.parent / classification.ZOO_NAME
     entries = classification.read_zoo(path) if path.exists() else {}
-    entry = {
+    for entry in entries.values():  # OpenCV 5.0 has read their `true` as 1
+        entry |= {k: classification.parse_bool(str(entry[k])) for k in BOOLS & entry.keys()}
+    new = {
         "model": onnx_path.name,
         **{name: getattr(args, name) for name in classification.ZOO_OPTIONS},
         "sample": classification.ZOO_SAMPLE,
     }
-    for other in entries.values():  # OpenCV 5.0 has read their `true` as 1
-        other |= {k: classification.parse_bool(str(other[k])) for k in BOOLS & other.keys()}
     if classes:
-        entry["classes"] = os.path.relpath(classes, path.parent)
-    is_random = onnx_path.stem.endswith(RANDOM_SUFFIX)
-    others = Path(entries.get(alias, {}).get("model", "")).stem
-    if not is_random or not others or others.endswith(RANDOM_SUFFIX):
-        entries[alias] = entry
-    entries[onnx_path.stem] = entry
+        new["classes"] = copy_classes(classes, onnx_path)
+    new = {key: value for key, value in new.items() if value not in (None, [])}
+
+    old = entries.get(alias, {})
+    other = Path(old.get("model", "")).stem
+    if onnx_path.stem.endswith(RANDOM_SUFFIX) and other and not other.endswith(RANDOM_SUFFIX):
+        alias = onnx_path.stem
+        old = entries.get(alias, {})
+    entries |= {alias: new, onnx_path.stem: new}
     with whole_file(path) as part:
         storage = cv2.FileStorage(str(part), cv2.FILE_STORAGE_WRITE)
-        for name, values in entries.items():
-            write_node(storage, name, values)
+        for name, entry in entries.items():
+            write_node(storage, name, entry)
         storage.release()
-    print(
-        f"{path}: python classification.py {alias if entries[alias] is entry else onnx_path.stem}"
-    )
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)) if old else []
+    note = f" (new in this entry: {', '.join(changed)})" if changed else ""
+    print(f"{path}: python classification.py {alias}{note}")
+
+
+def copy_classes(classes, onnx_path):
+    """Copy the file of the class names to where the model is; return the copy's name."""
+    name, content = Path(classes).name, Path(classes).read_bytes()
+    target = onnx_path.with_name(name)
+    if target.exists() and target.read_bytes() != content:
+        target = onnx_path.with_name(f"{onnx_path.stem}_{name}")
+    if not target.exists() or target.read_bytes() != content:
+        with whole_file(target) as part:
+            part.write_bytes(content)
+    return target.name
 
 
 def write_node(storage, name, value):
-    """Write a dictionary, list, number, text or bool; None and [] are left out."""
+    """Write a dictionary, list, number, text or bool."""
     if isinstance(value, dict):
         storage.startWriteStruct(name, cv2.FILE_NODE_MAP)
         for key, item in value.items():
             write_node(storage, key, item)
         storage.endWriteStruct()
-    elif isinstance(value, list) and value:
+    elif isinstance(value, list):
         storage.startWriteStruct(name, cv2.FILE_NODE_SEQ + cv2.FILE_NODE_FLOW)
         for item in value:
             write_node(storage, "", item)
         storage.endWriteStruct()
     elif isinstance(value, bool):
         storage.write(name, str(value).lower())  # written without quotes: a bool of YAML
-    elif value is not None and value != []:
+    else:
         storage.write(name, value)

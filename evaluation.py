@@ -128,7 +128,7 @@ def check_class_ids(pictures, classes):
         if class_id >= classes:
             raise RequestError(
                 f"{path} has class ID {class_id}, but the network's {classes} classes are "
-                f"0 to {classes - 1}; check --img_cls_file"
+                f"0 to {classes - 1}; give its own pictures with --img_root_dir, and their labels"
             )
 
 

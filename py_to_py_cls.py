@@ -65,11 +65,7 @@ from test_config import (
     TestClsConfig,
     TestClsModuleConfig,
 )
-from verify import (
-    get_references,
-    run_pytorch,
-    verify,
-)
+from verify import NetworksDisagree, get_references, run_pytorch, verify
 
 # The tutorial's, whose names and preprocessing are known without importing torchvision, which
 # takes seconds. All others of torchvision's classifiers are taken as well.
@@ -363,7 +359,10 @@ def get_network(args, config, sample_blob, given, or_random):
         key = get_conversion_key(model, origin, sample_blob.shape)
         engines = None if is_own(args.model_name) else find_verified(onnx_path, key)
         if not engines:
-            engines = verify(onnx_path, get_references(model, sample_blob))
+            try:
+                engines = verify(onnx_path, get_references(model, sample_blob))
+            except NetworksDisagree as error:
+                raise NetworksDisagree(f"{onnx_path}: {error}; is it of these --weights?") from None
             print(f"{onnx_path}: verified")
     else:
         onnx_path = get_onnx_path(args.model_name, origin, MODELS_DIR)
@@ -403,7 +402,10 @@ def main():
         check_frame_size(config, module_config, preprocessing)
         if args.preprocess == "torchvision":
             if is_own(args.model_name):
-                raise RequestError("--preprocess torchvision is for torchvision's networks")
+                raise RequestError(
+                    "--preprocess torchvision is for torchvision's networks: leave it out, and "
+                    "give the preprocessing options"
+                )
             preprocessing = get_transforms(args.model_name, args.weights)
             check_transforms(preprocessing, config.frame_size)
         pictures, root, bundled = get_labelled_pictures(config, given)

@@ -22,6 +22,10 @@ import torch
 from torchvision import models
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from classification import OneLineParser  # noqa: E402
+
 PICTURE = ROOT / "test_data" / "cls" / "red_panda.jpg"
 RUNS = 15
 VIDEO_RUNS = 5
@@ -82,6 +86,7 @@ def seconds(*command):
 
 
 def main():
+    OneLineParser(__doc__).parse_args()
     os.environ.pop("DISPLAY", None)
     os.environ.pop("WAYLAND_DISPLAY", None)
     with tempfile.TemporaryDirectory() as folder:

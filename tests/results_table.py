@@ -207,11 +207,15 @@ def write_table(records):
 
 
 def main():
-    if sys.argv[1:2] == ["--one"]:
-        print(json.dumps(measure(sys.argv[2])))
+    parser = classification.OneLineParser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="networks (default: all)")
+    parser.add_argument("--one", metavar="NAME", help="only print what is measured of this one")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one)))
         return 0
     records = read_records()
-    names = sys.argv[1:] or get_torchvision_names()
+    names = args.names or get_torchvision_names()
     RECORDS.parent.mkdir(exist_ok=True)
     for number, name in enumerate(names, 1):
         if name in records:

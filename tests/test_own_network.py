@@ -168,7 +168,7 @@ def test_own_architecture(run, folder):
     [
         ("my_module:broken", "ZeroDivisionError: division by zero .*my_module.py, line 16"),
         ("my_module:number", "returns int, not a torch.nn.Module"),
-        ("my_module:absent", "my_module has no absent"),
+        ("my_module:absent", "my_module.py has no absent"),
         ("no_module:Net", "No module named 'no_module'"),
         (":Net", "module"),
     ],

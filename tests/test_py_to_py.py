@@ -30,7 +30,7 @@ def test_walk_through_without_network(run, folder):
     assert opencv[1] == pytest.approx(pytorch[1], abs=2e-4)
     assert "PyTorch and OpenCV agree" in result.stdout.splitlines()[-1]
     written = {p.name for p in (folder / "models").iterdir()}
-    assert written == {"resnet50-random.onnx", "models.yml"}
+    assert written == {"resnet50-random.onnx", "models.yml", "imagenet_classes.txt"}
 
 
 def test_walk_through_reads_like_the_tutorial():
@@ -65,7 +65,11 @@ def test_test_mode_and_conversion(run, folder, env, weights, torchvision_logits)
     assert picture.shape == cv2.imread(str(RED_PANDA)).shape
 
     path = folder / "models" / "resnet18.onnx"
-    assert {p.name for p in path.parent.iterdir()} == {path.name, "models.yml"}
+    assert {p.name for p in path.parent.iterdir()} == {
+        path.name,
+        "models.yml",
+        "imagenet_classes.txt",
+    }
     graph = onnx.load(path).graph
     assert [n.name for n in graph.input] == ["input"]
     assert [n.name for n in graph.output] == ["output"]

@@ -29,8 +29,8 @@ def test_entry_of_a_converted_network(run, folder, weights):
     path = folder / "models" / "models.yml"
     entry = read_entry(path, "resnet18")
     assert entry == read_entry(path, "resnet18-trained")
-    classes = (folder / "models" / entry.pop("classes")).resolve()
-    assert classes == PICTURES / "imagenet_classes.txt"
+    classes = folder / "models" / entry.pop("classes")
+    assert classes.read_bytes() == (PICTURES / "imagenet_classes.txt").read_bytes()
     assert entry == {
         "model": "resnet18-trained.onnx",
         "sample": "classification",
@@ -47,6 +47,7 @@ def test_entry_of_a_converted_network(run, folder, weights):
     assert "models/models.yml: python classification.py resnet18-random" in result.stdout
     assert read_entry(path, "resnet18")["model"] == "resnet18-trained.onnx"
     assert read_entry(path, "resnet18-random")["model"] == "resnet18-random.onnx"
+    assert "new in this entry" not in result.stdout
     assert path.read_text().count("   rgb: true\n") == 3
 
     by_name = run("classification.py", "resnet18", "--input", KOALA)
@@ -54,6 +55,12 @@ def test_entry_of_a_converted_network(run, folder, weights):
     assert read_answer(by_name.stdout) == read_answer(by_file.stdout)
     assert "RANDOM" not in by_name.stdout
     assert "RANDOM" in run("classification.py", "resnet18-random").stdout
+
+    # the folder can be taken elsewhere: nothing of the project is needed
+    shutil.move(folder / "models", folder.parent / "elsewhere")
+    shutil.copy(ROOT / "classification.py", folder.parent / "elsewhere")
+    moved = run(folder.parent / "elsewhere" / "classification.py", "resnet18", "--input", KOALA)
+    assert read_answer(moved.stdout) == read_answer(by_name.stdout)
 
 
 @pytest.fixture
