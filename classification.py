@@ -127,8 +127,12 @@ def run(main):
     if "OPENCV_LOG_LEVEL" not in os.environ:  # what goes wrong is said here, in one line
         set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4, 5
         set_log_level(0)  # silent
-    # kill ends the process by an exception, so that no half-written file is left
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    # kill, or a terminal that closes, ends the process by an exception, so that no half-written
+    # file is left
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda signum, frame: sys.exit(128 + signum))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # of names that the terminal can't show
     try:
@@ -324,9 +328,12 @@ def read_zoo(path):
     """{name: entry} of a models.yml; an entry is a dictionary as well."""
     try:
         storage = cv2.FileStorage(check_name(str(path)), cv2.FILE_STORAGE_READ)
-        return read_node(storage.root())
+        entries = read_node(storage.root())
     except (cv2.error, SystemError):  # SystemError: the constructor's, in OpenCV 4.10 to 5.0
-        raise RequestError(f"{path}: no YAML that cv2.FileStorage can read") from None
+        entries = None
+    if not isinstance(entries, dict):
+        raise RequestError(f"{path}: no YAML of entries that cv2.FileStorage can read")
+    return entries
 
 
 def read_node(node):

@@ -63,7 +63,9 @@ AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 WRAPPER_KEYS = ("state_dict", "model", "model_state_dict")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
-BOOLS = {"rgb", "crop"}  # of the entries in models.yml
+PLAIN_TYPES = (
+    "float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64"
+)  # fmt: skip
 
 # Read by OpenCV 5.0.0, 4.14 and 4.10 alike, with the same answers.
 OPSET_VERSION = 17
@@ -189,9 +191,11 @@ def build_own_network(model_name):
         model = getattr(module, function_name)
         if not isinstance(model, torch.nn.Module):
             model = model()
+        if isinstance(model, torch.nn.Module):
+            model = model.cpu().float()
     except RequestError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         known = os.path.exists(place.filename) and place.filename != __file__
         where = f" ({place.filename}, line {place.lineno})" if known else ""
@@ -202,7 +206,23 @@ def build_own_network(model_name):
         raise RequestError(
             f"--model_name {model_name}: returns {type(model).__name__}, not a torch.nn.Module"
         )
-    return model.cpu().float()
+    if not all(is_plain(value) for value in model.state_dict().values()):
+        raise RequestError(f"--model_name {model_name}: holds more than plain tensors of numbers")
+    return model
+
+
+def is_plain(value):
+    """Whether it is a tensor of numbers on the CPU, each with memory of its own."""
+    import torch
+
+    return (
+        torch.is_tensor(value)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and str(value.dtype).removeprefix("torch.") in PLAIN_TYPES
+        and not (value.is_nested or value.is_neg() or value.is_conj())
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 def checkpoints_dir():
@@ -271,10 +291,11 @@ def load_weights(model_name, path, frame_size=224):
     The head is sized from the file. Raises RequestError where the file is damaged, no state dict,
     or another network's.
     """
-    state, metadata = read_state_dict(path)
     if is_own(model_name):
         model = build_network(model_name)
+        state, metadata = read_state_dict(path, model.state_dict())
     else:
+        state, metadata = read_state_dict(path)
         state = {
             rename_densenet_key(key): value
             for key, value in state.items()
@@ -321,8 +342,11 @@ def rename_densenet_key(key):
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)
 
 
-def read_state_dict(path):
-    """({name: tensor}, its metadata or None) of a checkpoint file, without what wrapped it."""
+def read_state_dict(path, own_keys=()):
+    """({name: tensor}, its metadata or None) of a checkpoint file, without what wrapped it.
+
+    own_keys: the network's, whose beginning is no wrapper's prefix.
+    """
     import torch
 
     how = "download it again, or save one with torch.save(model.state_dict(), FILE)"
@@ -341,18 +365,16 @@ def read_state_dict(path):
     if (
         not isinstance(state, dict)
         or not state
-        or not all(
-            isinstance(key, str) and torch.is_tensor(value) and value.device.type == "cpu"
-            for key, value in state.items()
-        )
+        or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())
     ):
         raise RequestError(f"{path}: no state dict; {how}")
     for key, value in state.items():
-        if value.layout != torch.strided or value.is_complex() or not torch.isfinite(value).all():
+        if not is_plain(value) or not torch.isfinite(value).all():
             raise RequestError(f"{path}: {key} holds something else than finite numbers; {how}")
     metadata = getattr(state, "_metadata", None)  # {module: {"version": its version}}
     for prefix in WRAPPER_PREFIXES * 2:  # in either order
-        if all(key.startswith(prefix) for key in state):
+        own = any(key.startswith(prefix) for key in own_keys)
+        if not own and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
             metadata = metadata and {
                 f"{module}.".removeprefix(prefix).rstrip("."): version
@@ -423,13 +445,16 @@ def get_onnx_path(model_name, origin, models_dir):
         name += RANDOM_SUFFIX
     elif origin != (model_name if is_own(model_name) else next(iter(get_weights(model_name)))):
         name += f"-{get_alias(Path(origin).stem)}"
-        name += "-weights" if name.endswith(RANDOM_SUFFIX) else ""  # a file called random.pth
+    if origin != RANDOM and name.endswith(RANDOM_SUFFIX):  # a file called random.pth
+        name += "-weights"
     return Path(models_dir) / f"{name}.onnx"
 
 
 def get_alias(name):
     """The name as file names and cv2.FileStorage take it: my_module:build -> my_module-build"""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    name = re.sub(r"[^\x00-\x7f]", lambda letter: f"u{ord(letter.group()):x}", name)
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    return name if name[:1].isalpha() or name.startswith("_") else f"_{name}"
 
 
 def convert(model, origin, onnx_path, sample_blob, use_cached=True):
@@ -473,7 +498,8 @@ def convert(model, origin, onnx_path, sample_blob, use_cached=True):
 def find_verified(onnx_path, key):
     """The engines of a file that was converted before with this key; None if it wasn't."""
     found = read_metadata(onnx_path)
-    if not key.items() <= found.items():
+    size = int(found.get("content_size", 0))
+    if not key.items() <= found.items() or found.get("content") != hash_content(onnx_path, size):
         return None
     print(f"{onnx_path}: converted and verified before, with these weights and versions")
     return found["engines"].split()
@@ -560,13 +586,19 @@ def rewrite(path):
 
     proto = onnx.load(path)
     make_readable(proto)
+    data = Path(f"{path}.data")
+    data.unlink(missing_ok=True)  # the new exporter's own
     if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) < MAX_ONNX_SIZE:
         onnx.save(proto, path)
     else:
-        data = Path(f"{path}.data")
-        data.unlink(missing_ok=True)  # the new exporter's; onnx would append to it
         onnx.save_model(proto, path, save_as_external_data=True, location=data.name)
         shutil.copymode(path, data)
+
+
+def get_weights_name(origin):
+    """What the metadata call the weights: a file called random holds no random ones."""
+    name = os.path.basename(origin)
+    return f"./{name}" if name == RANDOM != origin else name
 
 
 def get_conversion_key(model, origin, blob_shape):
@@ -578,7 +610,7 @@ def get_conversion_key(model, origin, blob_shape):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.contiguous().numpy())
     return {
-        "weights": os.path.basename(origin),
+        "weights": get_weights_name(origin),
         "weights_sha256": digest.hexdigest(),
         "input": "x".join(map(str, blob_shape[1:])),
         "opset": str(OPSET_VERSION),
@@ -589,13 +621,33 @@ def get_conversion_key(model, origin, blob_shape):
 
 
 def add_metadata(path, texts):
-    """Add metadata to an ONNX file: protobuf takes what is appended for a part of the message."""
+    """Add metadata to an ONNX file: protobuf takes what is appended for a part of the message.
+
+    With a hash of what was there before, by which a file that was changed is told.
+    """
     import onnx
 
+    size = os.path.getsize(path)
+    content = {"content_size": str(size), "content": hash_content(path, size)}
     proto = onnx.ModelProto()
-    onnx.helper.set_model_props(proto, texts)
+    onnx.helper.set_model_props(proto, texts | content)
     with open(path, "ab") as file:
         file.write(proto.SerializeToString())
+
+
+def hash_content(path, size):
+    """SHA-256 of the first `size` bytes of an ONNX file, and of its weights that lie beside it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size > 0 and (chunk := file.read(min(size, 1 << 24))):
+            digest.update(chunk)
+            size -= len(chunk)
+    data = Path(f"{path}.data")
+    if data.exists():
+        with open(data, "rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_metadata(path):
@@ -604,7 +656,7 @@ def read_metadata(path):
     from google.protobuf.message import DecodeError
 
     try:
-        proto = onnx.load(path, load_external_data=False)
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
     except (FileNotFoundError, DecodeError):
         return {}
     return {p.key: p.value for p in proto.metadata_props}
@@ -623,9 +675,6 @@ def add_to_zoo(alias, onnx_path, args, classes):
     don't take the name from trained ones; and as the file is called.
     """
     path = onnx_path.parent / classification.ZOO_NAME
-    entries = classification.read_zoo(path) if path.exists() else {}
-    for entry in entries.values():  # OpenCV 5.0 has read their `true` as 1
-        entry |= {k: classification.parse_bool(str(entry[k])) for k in BOOLS & entry.keys()}
     new = {
         "model": onnx_path.name,
         **{name: getattr(args, name) for name in classification.ZOO_OPTIONS},
@@ -634,21 +683,65 @@ def add_to_zoo(alias, onnx_path, args, classes):
     if classes:
         new["classes"] = copy_classes(classes, onnx_path)
     new = {key: value for key, value in new.items() if value not in (None, [])}
+    with locked(path.parent):
+        entries = classification.read_zoo(path) if path.exists() else {}
+        if is_trained(entries.get(alias)) and onnx_path.stem.endswith(RANDOM_SUFFIX):
+            alias = onnx_path.stem
+        old = entries.get(alias)
+        text = path.read_text("utf-8") if path.exists() else "%YAML:1.0\n---\n"
+        for name in dict.fromkeys((alias, onnx_path.stem)):
+            text = replace_entry(text, name, new)
+        with whole_file(path) as part:
+            part.write_text(text, "utf-8")
+            classification.read_zoo(part)
+    changed = ""
+    if isinstance(old, dict):
+        names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        changed = f" (new in this entry: {', '.join(names)})" if names else ""
+    print(f"{path}: python classification.py {alias}{changed}")
 
-    old = entries.get(alias, {})
-    other = Path(old.get("model", "")).stem
-    if onnx_path.stem.endswith(RANDOM_SUFFIX) and other and not other.endswith(RANDOM_SUFFIX):
-        alias = onnx_path.stem
-        old = entries.get(alias, {})
-    entries |= {alias: new, onnx_path.stem: new}
-    with whole_file(path) as part:
-        storage = cv2.FileStorage(str(part), cv2.FILE_STORAGE_WRITE)
-        for name, entry in entries.items():
-            write_node(storage, name, entry)
-        storage.release()
-    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)) if old else []
-    note = f" (new in this entry: {', '.join(changed)})" if changed else ""
-    print(f"{path}: python classification.py {alias}{note}")
+
+def is_trained(entry):
+    """Whether an entry is of a network with other than random weights."""
+    return isinstance(entry, dict) and not Path(str(entry.get("model"))).stem.endswith(
+        RANDOM_SUFFIX
+    )
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """No other process writes models.yml in the meantime (but on Windows, which has no flock)."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def replace_entry(text, name, entry):
+    """The text of a models.yml with this entry in place of an older one, or at the end.
+
+    The rest stays as it is: cv2.FileStorage would write other people's values otherwise than it
+    has read them.
+    """
+    storage = cv2.FileStorage(".yml", cv2.FILE_STORAGE_WRITE | cv2.FILE_STORAGE_MEMORY)
+    storage.startWriteStruct(name, cv2.FILE_NODE_MAP)
+    for key, value in entry.items():
+        write_node(storage, key, value)
+    storage.endWriteStruct()
+    new = storage.releaseAndGetString()
+    new = new[new.index(f"{name}:") :]
+    # an entry ends where a line begins that is not indented
+    old = re.compile(rf"^{re.escape(name)}:.*\n?((?:[ \t].*)?\n)*(?:[ \t].*)?", re.M)
+    if old.search(text):
+        return old.sub(lambda _: new, text, count=1)
+    return text + ("" if text.endswith("\n") else "\n") + new
 
 
 def copy_classes(classes, onnx_path):
@@ -664,13 +757,8 @@ def copy_classes(classes, onnx_path):
 
 
 def write_node(storage, name, value):
-    """Write a dictionary, list, number, text or bool."""
-    if isinstance(value, dict):
-        storage.startWriteStruct(name, cv2.FILE_NODE_MAP)
-        for key, item in value.items():
-            write_node(storage, key, item)
-        storage.endWriteStruct()
-    elif isinstance(value, list):
+    """Write a list, number, text or bool."""
+    if isinstance(value, list):
         storage.startWriteStruct(name, cv2.FILE_NODE_SEQ + cv2.FILE_NODE_FLOW)
         for item in value:
             write_node(storage, "", item)

@@ -17,6 +17,7 @@ def make_readable(proto):
     rewrite_gelu(proto.graph)
     rewrite_hard_sigmoid(proto.graph)
     rewrite_constant_of_shape(proto.graph)
+    rewrite_tanh(proto.graph)
 
 
 def rewrite_einsum(graph):
@@ -38,7 +39,7 @@ def rewrite_einsum(graph):
             continue
         if second == [j, k]:
             axes = [*range(len(batch)), len(batch) + 1, len(batch)]
-            transposed = f"{node.output[0]}_transposed"
+            transposed = get_new_name(graph, f"{node.output[0]}_transposed")
             transpose = onnx.helper.make_node("Transpose", [node.input[1]], [transposed], perm=axes)
             graph.node.insert(index, transpose)
             node.input[1] = transposed
@@ -58,9 +59,18 @@ def rewrite_gelu(graph):
     constants = {tensor.name for tensor in graph.initializer}
     constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
     used = [name for node in graph.node for name in node.input]
+    used += [output.name for output in graph.output]
+    if any(a.type in (a.GRAPH, a.GRAPHS) for node in graph.node for a in node.attribute):
+        return  # a branch may use what would be changed
 
-    def is_made_by(name, op_type):
-        return name in producer and producer[name].op_type == op_type
+    def is_made_by(name, *op_types):
+        return name in producer and producer[name].op_type in op_types
+
+    def is_erf_of(name, x):
+        """Whether it is erf(x / constant), or times a constant."""
+        if not is_made_by(name, "Erf") or not is_made_by(producer[name].input[0], "Div", "Mul"):
+            return False
+        return x in producer[producer[name].input[0]].input
 
     for node in graph.node:
         if node.op_type != "Mul" or not is_made_by(node.input[1], "Mul"):
@@ -70,7 +80,7 @@ def rewrite_gelu(graph):
         if (
             factor in constants
             and is_made_by(term, "Add")
-            and is_made_by(producer[term].input[0], "Erf")
+            and is_erf_of(producer[term].input[0], x)
             and used.count(half.output[0]) == 1
         ):
             half.input[:] = [x, term]
@@ -99,6 +109,33 @@ def rewrite_constant_of_shape(graph):
     for node in graph.node:
         if node.op_type == "ConstantOfShape" and get_attribute(node, "value") is None:
             node.attribute.append(onnx.helper.make_attribute("value", zero))
+
+
+def rewrite_tanh(graph):
+    """Tanh(x) -> Tanh(Clip(x, -20, 20)), which is the same: tanh(20) is 1 in float32.
+
+    OpenCV 5.0.0 answers nan for x of 50 and more.
+    """
+    nodes = [(i, node) for i, node in enumerate(graph.node) if node.op_type == "Tanh"]
+    limits = []
+    for value in (-20, 20) if nodes else ():
+        limits.append(get_new_name(graph, f"tanh_limit_{value}"))
+        graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), limits[-1]))
+    for index, node in reversed(nodes):
+        clipped = get_new_name(graph, f"{node.output[0]}_clipped")
+        clip = onnx.helper.make_node("Clip", [node.input[0], *limits], [clipped])
+        graph.node.insert(index, clip)
+        # the node has moved by one
+        graph.node[index + 1].input[0] = clipped
+
+
+def get_new_name(graph, name):
+    """The name, with as many underscores as it takes for no tensor to be called so."""
+    taken = {tensor for node in graph.node for tensor in (*node.input, *node.output)}
+    taken |= {tensor.name for tensor in (*graph.initializer, *graph.input, *graph.output)}
+    while name in taken:
+        name += "_"
+    return name
 
 
 def get_attribute(node, name):

@@ -78,14 +78,16 @@ def run_pytorch(model, blob, memory_format=None):
     """PyTorch's logits, (batch, classes), for a float32 blob (batch, 3, height, width)."""
     import torch
 
-    batch = torch.from_numpy(blob)
-    if memory_format is not None:
-        batch = batch.contiguous(memory_format=memory_format)
+    # a copy: a network that changes its input in place would change OpenCV's as well
+    batch = torch.from_numpy(blob).clone(memory_format=memory_format or torch.contiguous_format)
     with torch.inference_mode(), failing_network(blob.shape):
         logits = model(batch)
-    if not torch.is_tensor(logits) or logits.ndim != 2 or len(logits) != len(blob):
-        raise RequestError("not a classifier: its output is no tensor of shape (batch, classes)")
-    return logits.float().numpy()
+    shape = tuple(logits.shape) if torch.is_tensor(logits) else ()
+    if len(shape) != 2 or shape[0] != len(blob) or not shape[1] or logits.dtype != torch.float32:
+        raise RequestError(
+            "not a classifier: its output is no float32 tensor of shape (batch, classes)"
+        )
+    return logits.numpy()
 
 
 @contextlib.contextmanager

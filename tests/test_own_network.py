@@ -133,6 +133,27 @@ class Two(Net):
     def forward(self, x):
         return super().forward(x), x
 
+class Module(nn.Module):
+    """Its keys begin as those of DataParallel do."""
+    def __init__(self):
+        super().__init__()
+        self.module = Net()
+    def forward(self, x):
+        return self.module(x)
+
+class InPlace(Net):
+    def forward(self, x):
+        for channel in x.unbind(1):
+            channel.clamp_(-0.3, 0.3)
+        return super().forward(x)
+
+class Double(Net):
+    def forward(self, x):
+        return super().forward(x).double()
+
+def stop():
+    raise SystemExit(0)
+
 class Blind(Net):
     """Never looks at the picture."""
     def forward(self, x):
@@ -168,6 +189,7 @@ def test_own_architecture(run, folder):
     [
         ("my_module:broken", "ZeroDivisionError: division by zero .*my_module.py, line 16"),
         ("my_module:number", "returns int, not a torch.nn.Module"),
+        ("my_module:stop", "SystemExit"),
         ("my_module:absent", "my_module.py has no absent"),
         ("no_module:Net", "No module named 'no_module'"),
         (":Net", "module"),
@@ -182,12 +204,36 @@ def test_own_architecture_that_cannot_be_built(tmp_path, monkeypatch, name, word
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name, words", [("Two", "no tensor"), ("Blind", "prove nothing")])
+@pytest.mark.parametrize(
+    "name, words",
+    [("Two", "no float32 tensor"), ("Double", "no float32 tensor"), ("Blind", "prove nothing")],
+)
 def test_own_architecture_that_proves_nothing(name, words):
     namespace = {}
     exec(MY_MODULE, namespace)
     with pytest.raises(RequestError, match=words):
         get_references(namespace[name]().eval(), np.ones((1, 3, 56, 56), np.float32))
+
+
+def test_a_network_that_changes_its_input_gets_a_copy():
+    """Or PyTorch's answer to one picture would be held against OpenCV's to another."""
+    namespace = {}
+    exec(MY_MODULE, namespace)
+    blob = np.random.default_rng(1).standard_normal((1, 3, 56, 56)).astype(np.float32)
+    before = blob.copy()
+    for _, reference, _ in get_references(namespace["InPlace"]().eval(), blob):
+        assert np.abs(reference).max() > 0.3
+    assert np.array_equal(blob, before)
+
+
+def test_a_prefix_that_is_the_networks_own(tmp_path, monkeypatch):
+    (tmp_path / "prefixed.py").write_text(MY_MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    saved = build_network("prefixed:Module").state_dict()
+    torch.save(saved, "my.pth")
+    loaded = load_weights("prefixed:Module", "my.pth").state_dict()
+    assert list(loaded) == list(saved) and all("module." in key for key in saved)
 
 
 def test_a_function_of_an_installed_package():

@@ -59,12 +59,21 @@ def get_zeros():
     return nodes, [constant("shape", [8, 8], np.int64)]
 
 
+def get_tanh():
+    nodes = [
+        helper.make_node("Mul", ["input", "hundred"], ["large"]),
+        helper.make_node("Tanh", ["large"], ["output"]),
+    ]
+    return nodes, [constant("hundred", 100)]
+
+
 FAULTS = {
     "gelu": get_gelu,
     "einsum": get_einsum,
     "einsum without transposition": lambda: get_einsum("B C I J, B C J D -> B C I D"),
     "gate": get_gate,
     "zeros": get_zeros,
+    "tanh": get_tanh,
 }
 
 
@@ -98,6 +107,24 @@ def test_rewrite(tmp_path, fault):
     assert is_right(proto)
 
 
+def test_what_else_is_used_stays():
+    """The factor 0.5 and the sum of GELU are outputs of their own; a name is taken already."""
+    nodes, constants = get_gelu()
+    value = helper.make_tensor_value_info
+    outputs = [value(n, onnx.TensorProto.FLOAT, ["b", 3, 8, 8]) for n in ("output", "halved")]
+    einsum = helper.make_node("Einsum", ["input", "input"], ["e"], equation="BCID,BCJD->BCIJ")
+    taken = helper.make_node("Relu", ["input"], ["e_transposed"])
+    outputs += [value(n, onnx.TensorProto.FLOAT, ["b", 3, 8, 8]) for n in ("e", "e_transposed")]
+    inputs = [value("input", onnx.TensorProto.FLOAT, ["b", 3, 8, 8])]
+    graph = helper.make_graph([*nodes, taken, einsum], "graph", inputs, outputs, constants)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    expected = ReferenceEvaluator(proto).run(None, {"input": BLOB})
+    make_readable(proto)
+    found = ReferenceEvaluator(proto).run(None, {"input": BLOB})
+    for a, b in zip(expected, found, strict=True):
+        assert np.allclose(a, b, atol=1e-5)
+
+
 def test_what_needs_no_rewrite_stays(model):
     proto = onnx.load(model)
     before = proto.SerializeToString(deterministic=True)
@@ -126,6 +153,7 @@ def test_what_torchscript_cannot_export(tmp_path):
     blob = np.random.default_rng(3).standard_normal((1, 3, 96, 96)).astype(np.float32)
     path = tmp_path / "alexnet.onnx"
     convert(network, RANDOM, path, blob)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
     net = cv2.dnn.readNetFromONNX(str(path))
     net.setInput(blob)
     with torch.no_grad():
@@ -133,7 +161,7 @@ def test_what_torchscript_cannot_export(tmp_path):
     assert np.allclose(net.forward(), expected, atol=1e-5)
 
 
-def test_weights_over_two_gigabytes(tmp_path, monkeypatch, resnet18):
+def test_weights_over_two_gigabytes(tmp_path, monkeypatch, capsys, resnet18):
     """With a smaller limit in its place: the weights lie in a file of their own."""
     import common
 
@@ -151,6 +179,15 @@ def test_weights_over_two_gigabytes(tmp_path, monkeypatch, resnet18):
     with torch.no_grad():
         expected = resnet18(torch.from_numpy(blob)).numpy()
     assert np.allclose(net.forward(), expected, atol=1e-4)
+
+    # what was verified before is taken up again, but not if its weights were changed since
+    convert(resnet18, RANDOM, path, blob)
+    assert "verified before" in capsys.readouterr().out
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    convert(resnet18, RANDOM, path, blob)
+    assert "verified before" not in capsys.readouterr().out
 
     monkeypatch.setattr(common, "MAX_ONNX_SIZE", 2**31)
     convert(resnet18, "other weights", path, blob)

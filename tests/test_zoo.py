@@ -127,6 +127,24 @@ def test_entries_that_cannot_be_used(run, folder, zoo, arguments, words):
     check_one_line(run("classification.py", *arguments), *words)
 
 
+def test_other_peoples_entries_stay_as_they_are(tmp_path, capsys):
+    """Comments, numbers that cv2.FileStorage doesn't hold, and values that are no entries."""
+    from classification import parse_args, read_zoo
+    from common import add_to_zoo
+
+    before = '%YAML 1.0\n---\n# mine\nnote: "x"\nbig: 5000000000\nnet:\n  model: "a.onnx"\n'
+    after = 'é.net:\n  load_info:\n    url: "true"\n  list: [ {x: 1}, {y: 2} ]\n'
+    path = tmp_path / "models.yml"
+    path.write_text(before + after, "utf-8")
+    add_to_zoo("net", tmp_path / "net.onnx", parse_args([]), None)
+    text = path.read_text("utf-8")
+    assert text.startswith(before.replace('  model: "a.onnx"\n', "")) and after in text
+    assert read_zoo(path)["net"]["model"] == "net.onnx"
+    assert "new in this entry: crop, height" in capsys.readouterr().out
+    add_to_zoo("net", tmp_path / "net.onnx", parse_args([]), None)
+    assert path.read_text("utf-8") == text
+
+
 def test_a_name_without_any_entries(run):
     check_one_line(run("classification.py", "resnet18"), "models.yml", "'resnet18'", "convert")
 
