@@ -7,10 +7,10 @@ Nothing but cv2 and NumPy is needed, so this file can be copied anywhere by itse
     python classification.py --input resnet50.onnx 0                # camera 0
     python classification.py resnet50 --input cat.jpg               # as models.yml says
 
-A name is looked up in models.yml, which says what the network needs. Without a name, and without
---scale, --mean and --std, pictures are prepared as torchvision's ImageNet networks expect them.
-With one of these, what is left out is what it is in OpenCV's samples: scale 1, mean 0 0 0, no
-std, no crop, BGR, no initial resize.
+A name is looked up in models.yml, which says what the network needs; so is the model's file in a
+models.yml beside it. Without an entry, pictures are prepared as torchvision's ImageNet networks
+expect them. With --scale, --mean or --std and no name, what is left out is what it is in OpenCV's
+samples: scale 1, mean 0 0 0, no std, no crop, BGR, no initial resize.
 """
 
 import argparse
@@ -220,10 +220,10 @@ def get_parser():
     channels = {"nargs": 3, "metavar": ("R", "G", "B")}
     add = parser.add_argument_group(
         "preprocessing: the parameters of blobFromImage",
-        "Without --scale, --mean and --std, as torchvision's ImageNet networks expect it: --scale "
-        "0.0039216 --mean 123.675 116.28 103.53 --std 0.229 0.224 0.225 --crop --rgb "
-        "--initial_width 256 --initial_height 256. With one of the three, as in OpenCV's samples: "
-        "what is left out is what stands in brackets.",
+        "As the entry in models.yml says; without one as torchvision's ImageNet networks expect "
+        "it: --scale 0.0039216 --mean 123.675 116.28 103.53 --std 0.229 0.224 0.225 --crop --rgb "
+        "--initial_width 256 --initial_height 256. With --scale, --mean or --std and no NAME, as "
+        "in OpenCV's samples: what is left out is what stands in brackets.",
     ).add_argument
     add("--scale", type=non_zero, metavar="S",
         help="scalefactor: multiply each value, after the mean is subtracted [1.0]")
@@ -260,20 +260,28 @@ def get_parser():
 def parse_args(argv=None):
     """The command line, with what it leaves out filled in.
 
-    From the entry of models.yml where one is named. Else with torchvision's preprocessing, unless
-    the pixel values are given; then with that of OpenCV's own sample, so that a command line
-    written for it means the same here.
+    From the entry of models.yml that is named. Without a name, where the pixel values are given,
+    from OpenCV's own sample, so that a command line written for it means the same here; else from
+    the entry of the model's file, if there is a models.yml beside it, or with torchvision's
+    preprocessing.
     """
     parser = get_parser()
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    defaults = TORCHVISION_PREPROCESSING
+    entry = None
     if args.alias is not None:
-        args = parser.parse_args([*get_zoo_options(args), *argv])
+        entry = find_entry(args)
+    elif not (args.scale is None and args.mean is None and args.std is None):
+        defaults = PLAIN_PREPROCESSING
+    else:
+        entry = find_entry_of_file(args)
+    if entry is not None:
+        args = parser.parse_args([*get_options(*entry, args), *argv])
+        defaults = PLAIN_PREPROCESSING
     if (args.initial_width is None) != (args.initial_height is None):
         parser.error("--initial_width and --initial_height go together")
-    own_values = not (args.scale is None and args.mean is None and args.std is None)
-    plain = own_values or args.alias is not None
-    for name, value in (PLAIN_PREPROCESSING if plain else TORCHVISION_PREPROCESSING).items():
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.width = args.width or FRAME_SIZE
@@ -281,8 +289,8 @@ def parse_args(argv=None):
     return args
 
 
-def get_zoo_options(args):
-    """The entry args.alias as a command line: what the user gives after it wins."""
+def find_entry(args):
+    """(path of the models.yml, the entry args.alias in it)."""
     folders = (Path(), Path(__file__).resolve().parent)
     paths = [Path(args.zoo)] if args.zoo else [f / path for f in folders for path in ZOO_PATHS]
     path = next((path for path in paths if path.is_file()), None)
@@ -302,9 +310,27 @@ def get_zoo_options(args):
             f"{path}: no entry '{args.alias}' for classification, but {names}; pictures and models "
             "go after --input"
         )
-    entry = entries[args.alias]
+    return path, entries[args.alias]
+
+
+def find_entry_of_file(args):
+    """The same of the model that is given as a file; None where models.yml beside it has none."""
+    models = [item for item in (*args.input, args.model or "") if is_model(item)]
+    path = Path(models[0]).with_name(ZOO_NAME) if len(models) == 1 else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        entry = read_zoo(path).get(Path(models[0]).stem)
+    except RequestError:  # another program's
+        return None
+    known = isinstance(entry, dict) and entry.get("model") == Path(models[0]).name
+    return (path, entry) if known else None
+
+
+def get_options(path, entry, args):
+    """An entry of the models.yml at `path` as a command line: what the user gives after it wins."""
     options = []
-    if "model" in entry and not any(is_model(item) for item in args.input):
+    if "model" in entry and not args.model and not any(is_model(item) for item in args.input):
         options += ["--model", find_beside(path, entry["model"])]
     if "classes" in entry:
         options += ["--classes", find_beside(path, entry["classes"])]

@@ -167,6 +167,9 @@ def test_a_size_of_its_own(run, folder):
     assert read_entry(folder / "models" / "models.yml", "efficientnet_b1")["width"] == 240
     by_name = run("classification.py", "efficientnet_b1")
     assert read_answer(by_name.stdout) == read_answer(result.stdout)
+    # the file alone finds its entry as well, and not the size of most networks
+    by_file = run("classification.py", "--input", "models/efficientnet_b1-random.onnx")
+    assert read_answer(by_file.stdout) == read_answer(result.stdout)
 
 
 def test_presets_are_torchvisions():
