@@ -472,7 +472,9 @@ def convert(model, origin, onnx_path, sample_blob, use_cached=True):
     if engines:
         return engines
     references = get_references(model, sample_blob)
-    onnx_path.unlink(missing_ok=True)  # of other weights or versions: not this network
+    data_path = onnx_path.with_name(f"{onnx_path.name}.data")
+    for path in (onnx_path, data_path):
+        path.unlink(missing_ok=True)  # of other weights or versions: not this network
     failures = []
     for export in (export_by_torchscript, export_by_dynamo):
         with folder_beside(onnx_path) as folder:
@@ -485,10 +487,9 @@ def convert(model, origin, onnx_path, sample_blob, use_cached=True):
                 failures.append(error)
                 continue
             add_metadata(part, key | {"engines": " ".join(engines), "engine": engines[0]})
-            for name in (f"{onnx_path.name}.data", onnx_path.name):
-                (onnx_path.parent / name).unlink(missing_ok=True)
-                if (folder / name).exists():
-                    os.replace(folder / name, onnx_path.parent / name)
+            for path in (data_path, onnx_path):
+                if (folder / path.name).exists():
+                    os.replace(folder / path.name, path)
         print(f"{onnx_path}: converted and verified; OpenCV's engine: {engines[0]}")
         return engines
     disagree = any(isinstance(error, NetworksDisagree) for error in failures)
@@ -498,9 +499,10 @@ def convert(model, origin, onnx_path, sample_blob, use_cached=True):
 def find_verified(onnx_path, key):
     """The engines of a file that was converted before with this key; None if it wasn't."""
     found = read_metadata(onnx_path)
-    size = int(found.get("content_size", 0))
-    if not key.items() <= found.items() or found.get("content") != hash_content(onnx_path, size):
+    if not key.items() <= found.items() or "content" not in found:
         return None
+    if found["content"] != hash_content(onnx_path, int(found["content_size"])):
+        return None  # changed since
     print(f"{onnx_path}: converted and verified before, with these weights and versions")
     return found["engines"].split()
 
