@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "test_data" / "cls"
 sys.path.insert(0, str(ROOT))
-# PyTorch's threads take no time from the other tests' (read when torch is imported)
+# For this process's workers and the scripts: PyTorch's threads take no time from the other tests',
+# and glibc keeps the memory of large networks, which the kernel would clear again and again.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
 def pytest_addoption(parser):

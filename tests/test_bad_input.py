@@ -250,19 +250,27 @@ def test_empty_option(run):
 # --- py_to_py_cls.py: torch needed -----------------------------------------------------------
 
 
-def test_class_id_out_of_range(run, folder, weights):
+def test_class_id_out_of_range(run, folder, weights, converted):
     (folder / "val.txt").write_text("koala.jpg 1000\n")
     options = ["--model_name", "resnet18", "--img_root_dir", PICTURES, "--weights", weights]
-    check_one_line(run("py_to_py_cls.py", *options), "koala.jpg", "1000", "999")
+    result = run("py_to_py_cls.py", *options, "--model", converted)
+    check_one_line(result, "koala.jpg", "1000", "999")
     assert list((folder / "logs").iterdir()) == []
 
 
 def test_size_that_the_network_cannot_take(run):
     options = ["--weights", "random", "--evaluate", "False", "--frame_size", "200"]
-    for name in ("maxvit_t", "vit_b_32"):
-        result = run("py_to_py_cls.py", "--model_name", name, *options)
-        check_one_line(result, "200x200")
-        assert result.stdout == ""
+    result = run("py_to_py_cls.py", "--model_name", "vit_b_32", *options)
+    check_one_line(result, "200x200")
+    assert result.stdout == ""
+
+
+def test_size_that_fails_in_the_network():
+    from classification import RequestError
+    from common import load_network
+
+    with pytest.raises(RequestError, match="takes no 200x200 picture"):
+        load_network("maxvit_t", "random", frame_size=200)
 
 
 def test_folder_that_cannot_be_written(run, folder, weights):

@@ -250,17 +250,13 @@ def test_killed_at_several_points(folder, env, command, whole):
 
 
 def test_ctrl_c(folder, env, command):
-    """The results so far, marked as partial; the same command goes on, if it is not told not to."""
+    """The results so far, marked as partial."""
     process = start(command, folder, env)
     stdout, stderr = stop_after(process, folder, 2, signal.SIGINT)
     assert process.returncode == 130
     assert stderr.splitlines() == ["py_to_py_cls.py: stopped by Ctrl-C"]
     assert "PARTIAL" in stdout and "PARTIAL" in (folder / "logs" / "resnet18_log.txt").read_text()
     assert read_figures(folder)["partial"]
-    anew = [*command, "--resume", "False"]
-    result = subprocess.run(anew, cwd=folder, env=env, capture_output=True, text=True)
-    assert "going on" not in result.stdout
-    assert not list(folder.glob("logs/*.state"))
 
 
 @pytest.mark.slow
@@ -271,6 +267,10 @@ def test_other_settings_take_nothing_over(folder, env, command):
     result = subprocess.run(other, cwd=folder, env=env, capture_output=True, text=True)
     assert "going on" not in result.stdout
     assert list(folder.glob("logs/*.state")) == state
+    anew = [*command, "--resume", "False"]
+    result = subprocess.run(anew, cwd=folder, env=env, capture_output=True, text=True)
+    assert "going on" not in result.stdout
+    assert not list(folder.glob("logs/*.state"))
 
 
 def test_fingerprint_of_the_data(folder):
@@ -288,6 +288,7 @@ def test_fingerprint_of_the_data(folder):
     assert other["data_sha256"] != before["data_sha256"]
 
 
+@pytest.mark.slow
 def test_full_disk(folder, env, command, whole):
     """A limit on the size of a file stands in for it: one line, and the state so far intact."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731

@@ -148,10 +148,13 @@ def test_mobilenet_v3_from_the_new_exporter(tmp_path):
 
 
 def test_what_torchscript_cannot_export(tmp_path):
-    """AlexNet's pooling of other than multiples of its output: the new exporter takes over."""
-    network, _ = load_network("alexnet", "random", frame_size=96)
-    blob = np.random.default_rng(3).standard_normal((1, 3, 96, 96)).astype(np.float32)
-    path = tmp_path / "alexnet.onnx"
+    """Pooling of other than multiples of its output, as AlexNet has it at 256x256: PyTorch's new
+    exporter takes over."""
+    torch.manual_seed(1)
+    pool = [torch.nn.AdaptiveAvgPool2d(5), torch.nn.Flatten(), torch.nn.Linear(200, 10)]
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), *pool).eval()
+    blob = np.random.default_rng(3).standard_normal((1, 3, 26, 26)).astype(np.float32)
+    path = tmp_path / "pooling.onnx"
     convert(network, RANDOM, path, blob)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     net = cv2.dnn.readNetFromONNX(str(path))
