@@ -637,6 +637,11 @@ def add_metadata(path, texts):
         file.write(proto.SerializeToString())
 
 
+def get_content_size(path):
+    """The bytes of an ONNX file before its metadata; all of a file without them."""
+    return int(read_metadata(path).get("content_size", os.path.getsize(path)))
+
+
 def hash_content(path, size):
     """SHA-256 of the first `size` bytes of an ONNX file, and of its weights that lie beside it."""
     digest = hashlib.sha256()
