@@ -30,6 +30,7 @@ from verify import (  # noqa: E402
     NetworksDisagree,
     get_references,
     run_pytorch,
+    time_pass,
     verify_engine,
 )
 
@@ -60,7 +61,10 @@ def measure(name):
     model, _ = load_network(name, "random", frame_size=size)
     references = get_references(model, blob)
     record = {"network": name, "input": size, "date": str(datetime.date.today())}
-    record |= {"versions": get_versions(), "pytorch_ms": 1000 * time_pytorch(model, blob)}
+    record |= {
+        "versions": get_versions(),
+        "pytorch_ms": 1000 * time_pass(lambda: run_pytorch(model, blob)),
+    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.onnx"
         for exporter, export in EXPORTERS.items():
@@ -92,17 +96,6 @@ def measure_engine(path, engine, references):
         "pictures": sum(d.pictures for d in differences),
         "ms": 1000 * seconds,
     }
-
-
-def time_pytorch(model, blob):
-    """Seconds of one pass with one picture: the least of several, as for OpenCV."""
-    run_pytorch(model, blob)
-    times = []
-    while len(times) < 3 or (len(times) < 10 and sum(times) < 0.3):
-        start = time.perf_counter()
-        run_pytorch(model, blob)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def read_records():
