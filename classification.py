@@ -1,20 +1,21 @@
-"""Classify pictures, folders of pictures, videos or a camera with a converted network.
+"""Classify pictures, folders, videos or a camera with a converted network.
 
-Nothing but cv2 and NumPy is needed, so this file can be copied anywhere by itself:
+It needs nothing but cv2 and NumPy, so you can copy it anywhere by itself:
 
     python classification.py --input resnet50.onnx cat.jpg
-    python classification.py --model resnet50.onnx --input cat.jpg --top_k 5
-    python classification.py --input resnet50.onnx 0                # camera 0
-    python classification.py resnet50 --input cat.jpg               # as models.yml says
+    python classification.py --input resnet50.onnx cat.jpg --top_k 5
+    python classification.py --input resnet50.onnx 0        # camera 0
+    python classification.py resnet50 --input cat.jpg       # as models.yml says
 
-A name is looked up in models.yml, which says what the network needs; so is the model's file in a
-models.yml beside it. Without an entry, pictures are prepared as torchvision's ImageNet networks
-expect them. With --scale, --mean or --std and no name, what is left out is what it is in OpenCV's
-samples: scale 1, mean 0 0 0, no std, no crop, BGR, no initial resize.
+models.yml says what each network needs; its entry is found by NAME or by the
+model file. Without an entry, pictures are prepared as torchvision's ImageNet
+networks expect them; or, if you give --scale, --mean or --std, with the
+defaults of OpenCV's samples for everything you leave out.
 """
 
 import argparse
-import contextlib
+import dataclasses
+import hashlib
 import os
 import signal
 import subprocess
@@ -27,92 +28,57 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-# What torchvision's ImageNet networks expect. This file travels alone, so the numbers stand
-# here as well as in default_preprocess_config.py; a test holds the two together.
-TORCHVISION_PREPROCESSING = {
-    "scale": 1 / 255,
-    "mean": [123.675, 116.28, 103.53],
-    "std": [0.229, 0.224, 0.225],
-    "crop": True,
-    "rgb": True,
-    "initial_width": 256,
-    "initial_height": 256,
-}
-# What OpenCV's samples do where an option is left out.
-PLAIN_PREPROCESSING = {
-    "scale": 1.0,
-    "mean": [0.0, 0.0, 0.0],
-    "std": [],
-    "crop": False,
-    "rgb": False,
-    "initial_width": None,
-    "initial_height": None,
-}
-FRAME_SIZE = 224
-
-# Beside this file in the project it comes from; elsewhere they are missing and not needed.
+# Beside this file in the project it comes from. Elsewhere they are missing, and not needed.
 BUNDLED_DATA = Path(__file__).resolve().parent / "test_data" / "cls"
 BUNDLED_PICTURE = BUNDLED_DATA / "red_panda.jpg"
 BUNDLED_LABELS = BUNDLED_DATA / "imagenet_classes.txt"
 
-# Where the entries of converted networks are, seen from the current folder or from this file's.
+# The converted networks, relative to the current folder or to the folder of this file.
 ZOO_NAME = "models.yml"
 ZOO_PATHS = (os.path.join("models", ZOO_NAME), ZOO_NAME)
-ZOO_SAMPLE = "classification"  # as the samples of OpenCV call the entries that are for this one
-# What an entry may say besides model and classes, by the names of the options.
-ZOO_OPTIONS = (
-    "mean", "std", "scale", "width", "height", "rgb", "crop", "initial_width", "initial_height"
-)  # fmt: skip
+ZOO_SAMPLE = "classification"  # what OpenCV's samples call the entries that are for this one
 
 RESULTS_DIR = "results"
-# A model file whose name ends so holds random weights, whose answers are marked as worthless; the
-# metadata of the file says it as well.
-RANDOM_SUFFIX = "-random"
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov")
+
+# Model files with this suffix hold random weights; an entry says it as `weights: random`.
+RANDOM = "random"
+RANDOM_SUFFIX = f"-{RANDOM}"
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
 WINDOW = "Classification with OpenCV DNN"
-# The first is taken where a source has none of these itself.
-SUFFIXES = {
-    "picture": (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"),
-    "video": (".mp4", ".avi", ".mkv", ".mov"),
-    "camera": (".mp4", ".avi", ".mkv", ".mov"),
-}
-MIN_RESULT_WIDTH = 320  # px: narrower pictures are enlarged, there is no room for text on them
+MIN_RESULT_WIDTH = 320  # px: text doesn't fit on narrower pictures, so they are enlarged
 MAX_WINDOW_SIZE = (1280, 720)  # px
 
-# The names that OpenCV's samples give to the constants of cv2.dnn.
+# What OpenCV's samples call the constants of cv2.dnn.
 ENGINES = {"auto": "ENGINE_AUTO", "new": "ENGINE_NEW", "classic": "ENGINE_CLASSIC"}
 BACKENDS = {
-    "default": "DNN_BACKEND_DEFAULT",
-    "opencv": "DNN_BACKEND_OPENCV",
-    "openvino": "DNN_BACKEND_INFERENCE_ENGINE",
-    "vkcom": "DNN_BACKEND_VKCOM",
+    "default": "DNN_BACKEND_DEFAULT", "opencv": "DNN_BACKEND_OPENCV",
+    "openvino": "DNN_BACKEND_INFERENCE_ENGINE", "vkcom": "DNN_BACKEND_VKCOM",
     "cuda": "DNN_BACKEND_CUDA",
-}
+}  # fmt: skip
 TARGETS = {
-    "cpu": "DNN_TARGET_CPU",
-    "opencl": "DNN_TARGET_OPENCL",
-    "opencl_fp16": "DNN_TARGET_OPENCL_FP16",
-    "ncs2_vpu": "DNN_TARGET_MYRIAD",
-    "hddl_vpu": "DNN_TARGET_HDDL",
-    "vulkan": "DNN_TARGET_VULKAN",
-    "cuda": "DNN_TARGET_CUDA",
-    "cuda_fp16": "DNN_TARGET_CUDA_FP16",
-}
+    "cpu": "DNN_TARGET_CPU", "opencl": "DNN_TARGET_OPENCL",
+    "opencl_fp16": "DNN_TARGET_OPENCL_FP16", "ncs2_vpu": "DNN_TARGET_MYRIAD",
+    "hddl_vpu": "DNN_TARGET_HDDL", "vulkan": "DNN_TARGET_VULKAN",
+    "cuda": "DNN_TARGET_CUDA", "cuda_fp16": "DNN_TARGET_CUDA_FP16",
+}  # fmt: skip
 
 
 class RequestError(Exception):
-    """The request can't be met: the message is the one line that the user reads."""
+    """The request can't be met. The message is the one line that the user reads."""
 
     exit_code = 2
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and whose help shows the docstring as it stands."""
+    """argparse with one-line errors, a short usage line, and the docstring as its help."""
 
-    def __init__(self, docstring):
+    def __init__(self, docstring, usage):
         super().__init__(
             description=docstring,
+            usage=f"%(prog)s {usage}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -122,36 +88,51 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call `main` and end the process with its exit code; an error is one line on stderr."""
-    script = Path(sys.argv[0]).name
-    if "OPENCV_LOG_LEVEL" not in os.environ:  # what goes wrong is said here, in one line
+    """Call `main` and exit with its code. An error is one line on stderr."""
+    if "OPENCV_LOG_LEVEL" not in os.environ:  # errors are reported below, in one line
         set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4, 5
         set_log_level(0)  # silent
-    # kill, or a terminal that closes, ends the process by an exception, so that no half-written
-    # file is left
+    # Let kill, or a terminal that closes, raise SystemExit, so that temporary files are removed.
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda signum, frame: sys.exit(128 + signum))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # of names that the terminal can't show
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, by >&- for instance
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # names the terminal can't show
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
     except RequestError as error:
-        message, code = str(error), error.exit_code
+        message, code = error, error.exit_code
+    except BrokenPipeError:  # the reader, head for instance, has seen enough: no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE, what a shell reports for cat
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        message, code = f"{where}{error.strerror or error}", RequestError.exit_code
+        file = f"{error.filename}: " if error.filename else ""
+        message, code = f"{file}{error.strerror or error}", RequestError.exit_code
     except cv2.error as error:
         message, code = f"OpenCV {cv2.__version__}: {one_line(error)}", RequestError.exit_code
     except KeyboardInterrupt:
-        print(f"{script}: stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)  # as shells report it: 128 + SIGINT
-    print(f"{script}: error: {' '.join(message.splitlines())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, what a shell reports
+    report(message)
     sys.exit(code)
 
 
-# --- the command line -----------------------------------------------------------------------------
+def report(error):
+    """Print an error as one line on stderr."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def one_line(error):
+    """OpenCV's own words in a cv2.error: without file, function and line breaks."""
+    return " ".join((getattr(error, "err", None) or str(error)).split())
+
+
+# --- preprocessing --------------------------------------------------------------------------------
 
 
 def parse_bool(text):
@@ -163,7 +144,7 @@ def parse_bool(text):
 
 
 def finite(text):
-    """A number that float32 can hold: neither nan nor inf, which would make every answer nan."""
+    """A number that float32 can hold; with nan or inf every answer would be nan."""
     try:
         number = float(text)
     except ValueError:
@@ -174,81 +155,163 @@ def finite(text):
 
 
 def non_zero(text):
-    """A finite number that one can divide by, or scale with and still see something."""
-    number = finite(text)
-    if abs(number) < np.finfo(np.float32).tiny:
+    """A finite number that float32 can divide by."""
+    if abs(finite(text)) < np.finfo(np.float32).tiny:
         raise argparse.ArgumentTypeError("0 is not possible here")
-    return number
+    return finite(text)
 
 
 def positive_int(text):
+    """A whole number from 1 to 999999999."""
     if not (text.isascii() and text.isdecimal() and 0 < len(text) < 10 and int(text)):
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
 
 
+def setting(default, parse, text, **how):
+    """A field of Preprocessing: default, parser of one value, help, and more for argparse."""
+    how = {"metavar": "V", **how, "help": text}
+    return dataclasses.field(default=default, metadata={"parse": parse, "how": how})
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes a blob. The defaults are those of OpenCV's samples.
+
+    Each field is an option of this script and a key of models.yml.
+    """
+
+    scale: float = setting(1.0, non_zero,
+        "scalefactor: multiply by this, after subtracting the mean [1.0]")
+    mean: tuple = setting((0.0, 0.0, 0.0), finite,
+        "subtract these; in the order R G B with --rgb, else B G R [0 0 0]", nargs="+")
+    std: tuple = setting((), non_zero,
+        "divide the channels of the finished blob by these [none]", nargs="+")
+    rgb: bool = setting(False, parse_bool,
+        "swapRB: the network takes RGB, OpenCV reads BGR [False]", nargs="?", const="True")
+    crop: bool = setting(False, parse_bool,
+        "blobFromImage's crop: scale the shorter side to the blob and cut off the rest "
+        "[False: stretch]", nargs="?", const="True")
+    width: int = setting(224, positive_int, "width of the blob, px [224]")
+    height: int = setting(224, positive_int, "height of the blob, px [224]")
+    initial_width: int | None = setting(None, positive_int,
+        "resize the picture to this width first, px [no resize]")
+    initial_height: int | None = setting(None, positive_int,
+        "resize the picture to this height first, px [no resize]")
+    # fmt: on
+
+    def __str__(self):
+        """One line, always printed: a wrong preprocessing gives wrong answers without an error."""
+        mean, std = (" ".join(f"{v:g}" for v in c) or "none" for c in (self.mean, self.std))
+        resize = f"{self.initial_width}x{self.initial_height} -> " if self.initial_width else ""
+        return (
+            f"preprocessing: scale {self.scale:g}, mean {mean}, std {std}, rgb {self.rgb}, "
+            f"crop {self.crop}, size {resize}{self.width}x{self.height}"
+        )
+
+
+# What torchvision's ImageNet networks expect, with pixel values from 0 to 255:
+# https://docs.pytorch.org/vision/stable/models.html. This file travels alone, so the numbers are
+# here as well as in default_preprocess_config.py; a test compares them.
+MEAN, STD = (123.675, 116.28, 103.53), (0.229, 0.224, 0.225)
+TORCHVISION_PREPROCESSING = Preprocessing(1 / 255, MEAN, STD, True, True, 224, 224, 256, 256)
+
+
+def parse_preprocessing(found, source, names=None):
+    """{field: value} of Preprocessing from {name: text, number or list}; None and "" are left out.
+
+    source: where they are from, for the RequestError; names: {field: name} of those with others.
+    """
+    values, names = {}, names or {}
+    for field in dataclasses.fields(Preprocessing):
+        name = names.get(field.name, field.name)
+        if (value := found.get(name)) in (None, "", []):
+            continue
+        texts = " ".join(map(str, value if isinstance(value, list) else [value])).split()
+        try:
+            parsed = tuple(map(field.metadata["parse"], texts))
+        except argparse.ArgumentTypeError as error:
+            raise RequestError(f"{source}{name}: {error}") from None
+        count = 3 if isinstance(field.default, tuple) else 1
+        if len(parsed) != count:
+            raise RequestError(f"{source}{name}: takes {count} values, not {len(parsed)}")
+        values[field.name] = parsed if count == 3 else parsed[0]
+    if ("initial_width" in values) != ("initial_height" in values):
+        pair = [source + names.get(name, name) for name in ("initial_width", "initial_height")]
+        raise RequestError(f"{pair[0]} and {pair[1]} go together")
+    return values
+
+
+def get_preprocessing(args, zoo, entry):
+    """The Preprocessing of the command line: an option wins over the entry, field by field."""
+    given = parse_preprocessing(vars(args), "--")
+    if entry:
+        source = f"{zoo}: {args.alias or entry['model']}: "
+        return Preprocessing(**parse_preprocessing(entry, source) | given)
+    base = Preprocessing() if given.keys() & {"scale", "mean", "std"} else TORCHVISION_PREPROCESSING
+    return dataclasses.replace(base, **given)
+
+
+def get_blob(picture, preprocessing):
+    """float32 blob of shape (1, 3, height, width) from a BGR picture (height, width, 3).
+
+    (picture - mean) * scale / std. blobFromImage's crop scales the shorter side of the picture to
+    the blob first, so nothing is cut off a square picture.
+    """
+    p = preprocessing
+    # float before the resize: rounding to uint8 after it would shift the logits by about 0.01
+    picture = picture.astype(np.float32)
+    if p.initial_width:
+        picture = cv2.resize(picture, (p.initial_width, p.initial_height))
+    # the mean is in RGB order if swapRB is set: OpenCV swaps it as well
+    blob = cv2.dnn.blobFromImage(picture, p.scale, (p.width, p.height), p.mean, p.rgb, p.crop)
+    return blob / np.float32(p.std).reshape(1, 3, 1, 1) if p.std else blob
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
 def available(names):
-    """The entries of `names` whose constants this version of OpenCV has."""
+    """{name: constant} of those that this version of OpenCV has."""
     return {name: getattr(cv2.dnn, c) for name, c in names.items() if hasattr(cv2.dnn, c)}
 
 
-# An option is a paragraph here, not an argument a line.
 # fmt: off
 def get_parser():
-    parser = OneLineParser(__doc__)
+    parser = OneLineParser(__doc__, "[NAME] [--input FILE ...] [options]")
     add = parser.add_argument
     add("alias", nargs="?", metavar="NAME",
-        help="the entry of models.yml that names the model and its preprocessing; options given "
-        "here win over it")
+        help="the entry of models.yml with the model and its preprocessing; options win over it")
     add("--zoo", metavar="FILE",
-        help=f"the file of the entries (default: {' or '.join(ZOO_PATHS)}, in the current folder "
+        help=f"the file with the entries (default: {' or '.join(ZOO_PATHS)}, in the current folder "
         "or beside this script)")
     add("--input", nargs="+", default=[], metavar="FILE",
-        help="the converted model (.onnx) and, in any order, the pictures, folders of pictures or "
-        "videos to classify, or the number of a camera; with a model alone, the bundled picture")
-    add("--model", metavar="FILE", help="the converted model, where it isn't among --input")
-    add("--classes", metavar="FILE", help="text file of class names, one per line")
+        help="the model (.onnx) and, in any order, pictures, folders of pictures, videos, or the "
+        "number of a camera; with a model alone, the bundled picture")
+    add("--model", metavar="FILE", help="the model, if it isn't among --input")
+    add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
     add("--top_k", type=positive_int, default=1, metavar="K",
         help="answers per picture, each with its logit as confidence (default: 1)")
     add("--output", metavar="PATH",
-        help="where the annotated picture or video is saved: a file, or without a suffix a folder "
-        f"(default: {RESULTS_DIR}; a video that is shown, or a camera, is saved only where "
-        "--output is given)")
+        help="save the annotated picture or video here: a file, or a folder if it has no suffix "
+        f"(default: {RESULTS_DIR}; a camera, or a video that is shown, is saved only if you give "
+        "--output)")
 
-    number = {"type": positive_int, "metavar": "PX"}
-    yes_no = {"type": parse_bool, "metavar": "BOOL", "nargs": "?", "const": True}
-    channels = {"nargs": 3, "metavar": ("R", "G", "B")}
     add = parser.add_argument_group(
         "preprocessing: the parameters of blobFromImage",
-        "As the entry in models.yml says; without one as torchvision's ImageNet networks expect "
-        "it: --scale 0.0039216 --mean 123.675 116.28 103.53 --std 0.229 0.224 0.225 --crop --rgb "
-        "--initial_width 256 --initial_height 256. With --scale, --mean or --std and no NAME, as "
-        "in OpenCV's samples: what is left out is what stands in brackets.",
+        "Default: what the entry in models.yml says. Without an entry, torchvision's\n"
+        "ImageNet preprocessing; but if you give --scale, --mean or --std, the defaults\n"
+        "in brackets, which are those of OpenCV's samples.",
     ).add_argument
-    add("--scale", type=non_zero, metavar="S",
-        help="scalefactor: multiply each value, after the mean is subtracted [1.0]")
-    add("--mean", type=finite, **channels,
-        help="mean: subtract these from the channels, in the order R G B with --rgb, else B G R "
-        "[0 0 0]")
-    add("--std", type=non_zero, **channels,
-        help="divide the channels of the finished blob by these [no division]")
-    add("--width", **number, help=f"size: the width of the blob (default: {FRAME_SIZE})")
-    add("--height", **number, help=f"size: the height of the blob (default: {FRAME_SIZE})")
-    add("--crop", **yes_no,
-        help="crop: keep the aspect ratio, scale until the shorter side fits and cut the centre "
-        "[False: stretch to the size]")
-    add("--rgb", **yes_no, help="swapRB: the network takes RGB, OpenCV reads BGR [False]")
-    add("--initial_width", **number,
-        help="resize the picture to this width before the blob is made [no resize]")
-    add("--initial_height", **number,
-        help="resize the picture to this height before the blob is made [no resize]")
+    for field in dataclasses.fields(Preprocessing):
+        add(f"--{field.name}", **field.metadata["how"])
 
     add = parser.add_argument_group("inference").add_argument
     if available(ENGINES):  # OpenCV 5 has two; OpenCV 4 has one and no name for it
         add("--engine", choices=list(available(ENGINES)),
             help="OpenCV's inference engine: new is OpenCV 5's own, classic is OpenCV 4's, auto "
-            "tries new first (default: the one that was right and faster when the model was "
-            "converted, if the file says it, else auto)")
+            "tries new first (default: what the entry says, else auto)")
     add("--backend", choices=list(available(BACKENDS)), default="default",
         help="computation backend (default: default)")
     add("--target", choices=list(available(TARGETS)), default="cpu",
@@ -257,96 +320,49 @@ def get_parser():
 # fmt: on
 
 
-def parse_args(argv=None):
-    """The command line, with what it leaves out filled in.
+def split_inputs(args):
+    """(model or None, sources) of --input and --model."""
+    models = [item for item in args.input if item.lower().endswith(".onnx")]
+    sources = [item for item in args.input if item not in models]
+    models += [args.model] if args.model else []
+    if len(models) > 1:
+        raise RequestError(f"more than one model: {' '.join(models)}; name one .onnx file")
+    if not models and args.alias is None:
+        raise RequestError("no model: name one .onnx file, --input MODEL.onnx PICTURE")
+    if not sources and not BUNDLED_PICTURE.is_file():
+        raise RequestError("no picture: add one after --input")
+    return (models or [None])[0], sources or [str(BUNDLED_PICTURE)]
 
-    From the entry of models.yml that is named. Without a name, where the pixel values are given,
-    from OpenCV's own sample, so that a command line written for it means the same here; else from
-    the entry of the model's file, if there is a models.yml beside it, or with torchvision's
-    preprocessing.
+
+# --- models.yml -----------------------------------------------------------------------------------
+
+
+def find_entry(args, model):
+    """(path of the models.yml, the entry) of args.alias, else of the model file.
+
+    (None, {}) if a model file has no entry. Raises RequestError if a name has none.
     """
-    parser = get_parser()
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    defaults = TORCHVISION_PREPROCESSING
-    entry = None
-    if args.alias is not None:
-        entry = find_entry(args)
-    elif not (args.scale is None and args.mean is None and args.std is None):
-        defaults = PLAIN_PREPROCESSING
-    else:
-        entry = find_entry_of_file(args)
-    if entry is not None:
-        args = parser.parse_args([*get_options(*entry, args), *argv])
-        defaults = PLAIN_PREPROCESSING
-    if (args.initial_width is None) != (args.initial_height is None):
-        parser.error("--initial_width and --initial_height go together")
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.width = args.width or FRAME_SIZE
-    args.height = args.height or FRAME_SIZE
-    return args
-
-
-def find_entry(args):
-    """(path of the models.yml, the entry args.alias in it)."""
+    if args.alias is None:
+        path = Path(args.zoo or Path(model).with_name(ZOO_NAME))
+        entry = read_zoo(path).get(Path(model).stem) if path.is_file() else None
+        known = isinstance(entry, dict) and entry.get("model") == Path(model).name
+        return (path, entry) if known else (None, {})
     folders = (Path(), Path(__file__).resolve().parent)
     paths = [Path(args.zoo)] if args.zoo else [f / path for f in folders for path in ZOO_PATHS]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise RequestError(
-            f"no {paths[0]} with an entry '{args.alias}': convert the network, or name another "
-            "file with --zoo; pictures and models go after --input"
-        )
-    entries = {
-        name: entry
-        for name, entry in read_zoo(path).items()
-        if isinstance(entry, dict) and entry.get("sample") == ZOO_SAMPLE
-    }
-    if args.alias not in entries:
-        names = ", ".join(entries) or "none"
-        raise RequestError(
-            f"{path}: no entry '{args.alias}' for classification, but {names}; pictures and models "
-            "go after --input"
-        )
-    return path, entries[args.alias]
+    for path in paths:
+        entry = read_zoo(path).get(args.alias) if path.is_file() else None
+        if isinstance(entry, dict) and entry.get("sample") == ZOO_SAMPLE:
+            return path, entry
+    searched = ", ".join(dict.fromkeys(os.path.normpath(path) for path in paths))
+    raise RequestError(
+        f"no entry '{args.alias}' for classification in {searched}: convert the network, or name "
+        "another file with --zoo; pictures and models go after --input"
+    )
 
 
-def find_entry_of_file(args):
-    """The same of the model that is given as a file; None where models.yml beside it has none."""
-    models = [item for item in (*args.input, args.model or "") if is_model(item)]
-    path = Path(models[0]).with_name(ZOO_NAME) if len(models) == 1 else None
-    if path is None or not path.is_file():
-        return None
-    try:
-        entry = read_zoo(path).get(Path(models[0]).stem)
-    except RequestError:  # another program's
-        return None
-    known = isinstance(entry, dict) and entry.get("model") == Path(models[0]).name
-    return (path, entry) if known else None
-
-
-def get_options(path, entry, args):
-    """An entry of the models.yml at `path` as a command line: what the user gives after it wins."""
-    options = []
-    if "model" in entry and not args.model and not any(is_model(item) for item in args.input):
-        options += ["--model", find_beside(path, entry["model"])]
-    if "classes" in entry:
-        options += ["--classes", find_beside(path, entry["classes"])]
-    for name in ZOO_OPTIONS:
-        value = entry.get(name)
-        if value not in (None, []):
-            # argparse takes -1e-05 for an option
-            values = value if isinstance(value, list) else [value]
-            values = [np.format_float_positional(v) if isinstance(v, float) else v for v in values]
-            options += [f"--{name}", *map(str, values)]
-    return options
-
-
-def find_beside(zoo_path, name):
-    """A file that models.yml names: beside it, or else as seen from the current folder."""
-    beside = os.path.normpath(zoo_path.parent / str(name))
+def find_beside(zoo, name):
+    """A file that a models.yml names: beside it, or else relative to the current folder."""
+    beside = os.path.normpath(zoo.parent / str(name))
     return beside if os.path.exists(beside) else str(name)
 
 
@@ -355,135 +371,91 @@ def read_zoo(path):
     try:
         storage = cv2.FileStorage(check_name(str(path)), cv2.FILE_STORAGE_READ)
         entries = read_node(storage.root())
-    except (cv2.error, SystemError):  # SystemError: the constructor's, in OpenCV 4.10 to 5.0
+    except (cv2.error, SystemError):  # SystemError: from the constructor, in OpenCV 4.10 to 5.0
         entries = None
     if not isinstance(entries, dict):
-        raise RequestError(f"{path}: no YAML of entries that cv2.FileStorage can read")
+        raise RequestError(
+            f"{path}: OpenCV can't read this as YAML; repair it, or delete it and convert again"
+        )
     return entries
 
 
 def read_node(node):
-    """The dictionary, list, number or text that a cv2.FileNode holds.
+    """The dictionary, list, number or text of a cv2.FileNode.
 
     `true` is 1 in OpenCV 5.0 and "true" in OpenCV 4; parse_bool takes both.
     """
     if node.isSeq():
         return [read_node(node.at(i)) for i in range(node.size())]
-    if node.isInt():
-        return int(node.real())
-    if node.isReal():
-        return node.real()
+    if node.isInt() or node.isReal():
+        return int(node.real()) if node.isInt() else node.real()
     if node.isString():
         return node.string()
-    keys = node.keys()  # a cv2.FileNode isn't a dictionary: it can't be iterated over
-    return {name: read_node(node.getNode(name)) for name in keys}
-
-
-def describe_preprocessing(args):
-    """The preprocessing in one line, since a wrong one gives wrong answers without an error."""
-
-    def numbers(values):
-        return " ".join(f"{v:g}" for v in values) or "none"
-
-    resize = f"{args.initial_width}x{args.initial_height} -> " if args.initial_width else ""
-    return (
-        f"preprocessing: scale {args.scale:g}, mean {numbers(args.mean)}, "
-        f"std {numbers(args.std)}, rgb {args.rgb}, crop {args.crop}, "
-        f"size {resize}{args.width}x{args.height}"
-    )
+    return {name: read_node(node.getNode(name)) for name in node.keys()}  # noqa: SIM118
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-def split_inputs(inputs, model=None):
-    """Tell the model from what it shall classify: (model, sources)."""
-    models = [item for item in inputs if is_model(item)]
-    sources = [item for item in inputs if item not in models]
-    if model is not None:
-        models.append(model)
-    if len(models) != 1:
-        found = "no model" if not models else "more than one model"
-        raise RequestError(f"{found} given: name one .onnx file, --input MODEL.onnx PICTURE")
-    if not sources:
-        if not BUNDLED_PICTURE.is_file():
-            raise RequestError("no picture given: add one after --input")
-        sources = [str(BUNDLED_PICTURE)]
-    return models[0], sources
-
-
-def is_model(name):
-    return name.lower().endswith(".onnx")
-
-
 def expand_sources(sources):
-    """(kind, path) for each source, kind being "picture", "video" or "camera".
+    """[(kind, path)], the kind being "picture", "video" or "camera", recognized by content.
 
-    A folder stands for the pictures in it, by name. Kinds are told by content.
+    A folder stands for the pictures in it, sorted by name.
     """
     found = []
     for source in sources:
         path = Path(check_name(source))
         if path.is_dir():
-            pictures = [p for p in sorted(path.iterdir()) if is_picture(p)]
+            pictures = [("picture", str(p)) for p in sorted(path.iterdir()) if is_picture(p)]
             if not pictures:
                 raise RequestError(f"{source}: no picture in this folder")
-            found += [("picture", str(p)) for p in pictures]
+            found += pictures
         elif source.isdecimal() and not path.exists():
             found.append(("camera", source))
         elif not path.is_file():
-            reason = "no file" if path.exists() else "no such file or folder"
-            raise RequestError(f"{source}: {reason}; give an existing picture")
-        elif path.stat().st_size == 0:
-            raise RequestError(f"{source}: the file is empty; give a picture or a video")
-        elif is_picture(path) or path.suffix.lower() in SUFFIXES["picture"]:
-            found.append(("picture", source))
-        elif cv2.VideoCapture(source).isOpened():
-            found.append(("video", source))
+            raise RequestError(f"{source}: no such file or folder; give an existing picture")
         else:
-            raise RequestError(f"{source}: neither a picture nor a video that OpenCV can read")
+            video = not is_picture(path) and cv2.VideoCapture(source).isOpened()
+            found.append(("video" if video else "picture", source))
     return found
 
 
 def check_name(name):
-    """The file name; cv2 5.0.0 dies on one that is empty or no UTF-8, so RequestError is raised."""
+    """The file name. cv2 5.0.0 crashes on "" and on names that aren't UTF-8: RequestError."""
     try:
         if name.encode():
             return name
     except UnicodeEncodeError:
         pass
-    raise RequestError(f"{name!r}: no file name for OpenCV; rename the file")
+    raise RequestError(f"{name!r}: OpenCV can't open files of this name; rename it")
 
 
 def is_picture(path):
-    return path.is_file() and cv2.haveImageReader(check_name(str(path)))
+    """Whether it is a file with a picture's suffix, or that OpenCV recognizes as a picture."""
+    known = path.suffix.lower() in PICTURE_SUFFIXES
+    return path.is_file() and (known or cv2.haveImageReader(check_name(str(path))))
 
 
 def read_picture(path):
-    """The picture at `path` as uint8 BGR, shape (height, width, 3), turned as its EXIF says.
-
-    Raises RequestError where it is missing, empty, cut short or no picture at all.
-    """
+    """The picture as uint8 BGR (height, width, 3), turned as its EXIF says; or RequestError."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}; give an existing picture") from None
     if not data:
         raise RequestError(f"{path}: the file is empty; give a picture")
-    # libpng reports a file cut short on stderr by itself: ask before it does.
-    cut_png = data.startswith(b"\x89PNG") and b"IEND" not in data
     try:
-        # imdecode, because imread returns what it has got of a JPEG cut short, grey below.
-        picture = None if cut_png else cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # more than 2**30 pixels, say
+        # imdecode, because imread fills the missing part of a truncated JPEG with grey
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # more than 2**30 pixels, for instance
         picture = None
     if picture is None:
-        raise RequestError(f"{path}: cut short, or no picture that OpenCV can read")
+        raise RequestError(f"{path}: truncated, or not a picture that OpenCV can read")
     return picture
 
 
 def read_lines(path, advice):
-    """The lines of a text file; RequestError, with the advice, where it can't be read."""
+    """The lines of a text file; RequestError with the advice if it can't be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -496,185 +468,163 @@ def read_labels(path):
     return read_lines(path, "--classes takes class names, one per line")
 
 
-def get_labels(classes_file):
-    """The class names of --classes, or ImageNet's where the project's files are; else []."""
-    if classes_file is None and not BUNDLED_LABELS.is_file():
-        return []
-    return read_labels(classes_file or BUNDLED_LABELS)
+def fit_labels(labels, path, classes):
+    """`labels` if there is one per class; else [] for the default ones (path None), or an error."""
+    if len(labels) == classes or path is None:
+        return labels if len(labels) == classes else []
+    raise RequestError(
+        f"{path}: {len(labels)} lines, but the network has {classes} outputs; --classes takes one "
+        "line for each"
+    )
 
 
-def read_net(args, model):
-    """cv2.dnn.Net of an ONNX file, with the engine, backend and target of the command line."""
-    check_model(model)
-    backend = available(BACKENDS)[args.backend]
-    target = available(TARGETS)[args.target]
-    # OpenCV would go on with the CPU and say so only in its log.
-    if target not in cv2.dnn.getAvailableTargets(backend):
+def read_net(model, entry, args):
+    """cv2.dnn.Net of the model file on the engine, backend and target of the command line.
+
+    While OpenCV reads the file, a thread compares its SHA-1 with the entry's.
+    """
+    backend, target = available(BACKENDS)[args.backend], available(TARGETS)[args.target]
+    if target not in cv2.dnn.getAvailableTargets(backend):  # OpenCV would silently use the CPU
         raise RequestError(
-            f"this OpenCV has no --target {args.target} on --backend {args.backend}; "
-            "leave both out for the CPU"
+            f"this OpenCV has no --target {args.target} on --backend {args.backend}; leave both "
+            "out for the CPU"
         )
-    engines = available(ENGINES)
-    engine = getattr(args, "engine", None)
-    if (args.backend, args.target) == ("default", "cpu"):
-        known = (name for name in engines if has_metadata(model, "engine", name))
-        return read_onnx(model, engines.get(engine or next(known, "auto")))
-    if engine == "new":
-        raise RequestError("--engine new runs on the CPU alone: leave out --backend, --target")
-    # only the classic engine of OpenCV 5.0 knows backends and targets
-    net = read_onnx(model, engines.get("classic"))
-    net.setPreferableBackend(backend)
-    net.setPreferableTarget(target)
+    engine = getattr(args, "engine", None)  # OpenCV 4 has no such option
+    on_cpu = (args.backend, args.target) == ("default", "cpu")
+    if not on_cpu and engine == "new":
+        raise RequestError("--engine new runs on the CPU only: leave out --backend and --target")
+    if engine is None:  # backends and targets are for the classic engine only (OpenCV 5.0)
+        engine = entry.get("engine", "auto") if on_cpu else "classic"
+    check_model(model)
+    with ThreadPoolExecutor(1) as thread:
+        check = thread.submit(check_load_info, model, entry)
+        try:
+            net = read_onnx(model, engine)
+        finally:
+            check.result()  # raises, and says more than OpenCV about a file that it can't read
+    if not on_cpu:
+        net.setPreferableBackend(backend)
+        net.setPreferableTarget(target)
     return net
 
 
+def get_digest(path, algorithm):
+    """The "sha1" or "sha256" of a file, in hexadecimal."""
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def get_load_info(model):
+    """{"sha1": of a model file} as in OpenCV's models.yml, and of the .data beside a large one."""
+    files = {"sha1": Path(model), "data_sha1": Path(f"{model}.data")}
+    return {key: get_digest(path, "sha1") for key, path in files.items() if path.exists()}
+
+
+def check_load_info(model, entry):
+    """Raise RequestError if the model file isn't the one that its entry was written for."""
+    expected = entry.get("load_info")
+    found = get_load_info(model) if isinstance(expected, dict) else {}
+    if any(expected.get(key, digest) != digest for key, digest in found.items()):
+        raise RequestError(f"{model}: not the file that was converted; convert it again")
+
+
 def check_model(path):
-    """Raise RequestError where there is no such file."""
+    """Raise RequestError if there is no such file."""
     if not Path(check_name(str(path))).is_file():
         raise RequestError(f"{path}: no such file; give a converted model (.onnx)")
 
 
-def read_onnx(path, engine=None):
-    """cv2.dnn.Net of an ONNX file; engine: a cv2.dnn.ENGINE_ constant, or None for OpenCV's choice.
-
-    Raises RequestError where the file is missing, cut short or not for OpenCV.
-    """
-    check_model(path)
-    engines = [] if engine is None else [engine]
+def read_onnx(path, engine):
+    """cv2.dnn.Net of an ONNX file on one of ENGINES; RequestError if OpenCV can't read it."""
+    engines = available(ENGINES)
+    if engines and engine not in engines:
+        raise RequestError(f"unknown engine '{engine}': it is one of {', '.join(engines)}")
     try:
-        return cv2.dnn.readNetFromONNX(str(path), *engines)
+        return cv2.dnn.readNetFromONNX(str(path), *([engines[engine]] if engines else []))
     except cv2.error as error:
         raise RequestError(
-            f"{path}: OpenCV {cv2.__version__} can't read this as ONNX, it may be cut short: "
+            f"{path}: OpenCV {cv2.__version__} can't read this as ONNX, it may be truncated: "
             + one_line(error)
         ) from None
 
 
-def one_line(error):
-    """OpenCV's own words of a cv2.error: without file, function and line breaks."""
-    return " ".join((getattr(error, "err", None) or str(error)).split())
+# --- the answer -----------------------------------------------------------------------------------
 
 
-# --- one picture: blob, forward pass, answer ------------------------------------------------------
+@dataclass
+class Classifier:
+    """A network with what it needs to answer."""
+
+    net: cv2.dnn.Net
+    preprocessing: Preprocessing
+    labels: list  # class names
+    classes: str | None  # the file that they must come from; None: ImageNet's, if they fit
+    top_k: int
+    random: bool  # whether it has random weights
+
+    def __call__(self, picture):
+        """([(class ID, label, logit)], best first, ms of the forward pass) for a BGR picture."""
+        logits, ms = forward(self.net, get_blob(picture, self.preprocessing))
+        names = fit_labels(self.labels, self.classes, len(logits))
+        best = np.argsort(-logits, kind="stable")[: self.top_k]
+        return [(int(i), names[i] if names else f"Class #{i}", logits[i]) for i in best], ms
 
 
-def get_blob(picture, args):
-    """float32 blob, shape (1, 3, args.height, args.width), of a BGR picture (height, width, 3).
-
-    (picture - mean) * scale / std. crop=True is OpenCV's: it scales the shorter side to the
-    blob first, so of a square picture nothing is cut.
-    """
-    # float before the resize: rounding to uint8 after it would shift the logits by about 0.01
-    picture = picture.astype(np.float32)
-    if args.initial_width:
-        picture = cv2.resize(picture, (args.initial_width, args.initial_height))
-    blob = cv2.dnn.blobFromImage(
-        picture,
-        scalefactor=args.scale,
-        size=(args.width, args.height),
-        mean=args.mean,  # in RGB order where swapRB is set: OpenCV swaps these as well
-        swapRB=args.rgb,
-        crop=args.crop,
-    )
-    if args.std:
-        blob /= np.asarray(args.std, np.float32).reshape(1, 3, 1, 1)
-    return blob
+def get_classifier(args, model, zoo, entry):
+    """The Classifier of the command line and the entry."""
+    classes = args.classes
+    if classes is None and (name := entry.get("labels", entry.get("classes"))):
+        classes = find_beside(zoo, name)
+    labels = read_labels(classes or BUNDLED_LABELS) if classes or BUNDLED_LABELS.is_file() else []
+    preprocessing = get_preprocessing(args, zoo, entry)
+    random = entry.get("weights") == RANDOM or Path(model).stem.endswith(RANDOM_SUFFIX)
+    net = read_net(model, entry, args)
+    return Classifier(net, preprocessing, labels, classes, args.top_k, random)
 
 
 def forward(net, blob):
-    """(logits of shape (classes,), seconds of the forward pass)."""
+    """(logits of shape (classes,), ms of the forward pass)."""
     start = time.perf_counter()
     try:
         net.setInput(blob)
         out = net.forward()
     except cv2.error as error:
-        size = f"{blob.shape[3]}x{blob.shape[2]}"
         raise RequestError(
-            f"the network can't take a {size} picture; set --width and --height to the size it "
-            "was converted with: " + one_line(error)
+            f"the network can't take a {blob.shape[3]}x{blob.shape[2]} picture; set --width and "
+            f"--height to the size it was converted for: {one_line(error)}"
         ) from None
-    seconds = time.perf_counter() - start
+    ms = 1000 * (time.perf_counter() - start)
     outputs = len(net.getUnconnectedOutLayersNames())
     if outputs != 1 or out is None or out.ndim != 2 or len(out) != 1 or out.dtype != np.float32:
-        raise RequestError("not a classifier: its output is not one of shape (1, classes), float32")
+        raise RequestError("not a classifier: the output isn't one float32 array (1, classes)")
     if not np.isfinite(out).all():
         raise RequestError(
             "the network answers nan or inf: check --scale, --mean and --std, or convert it again"
         )
-    return out[0], seconds
+    return out[0], ms
 
 
-@dataclass
-class Answer:
-    best: list  # (class ID, label, logit), the highest logit first
-    seconds: float  # of the forward pass
-    random: bool  # of a network with random weights
-    fps: float | None = None  # of the video so far: frames per second
-
-
-def get_answer(logits, seconds, labels, args, random):
-    """The args.top_k best classes of logits (classes,)."""
-    best = np.argsort(-logits, kind="stable")[: args.top_k]
-    names = fit_labels(labels, args.classes, len(logits))
-    return Answer(
-        best=[(int(i), names[i] if names else f"Class #{i}", float(logits[i])) for i in best],
-        seconds=seconds,
-        random=random,
-    )
-
-
-def is_random(model):
-    """Whether the file's name or its metadata say that its weights are random."""
-    return Path(model).stem.endswith(RANDOM_SUFFIX) or has_metadata(model, "weights", "random")
-
-
-def has_metadata(model, key, value):
-    """Whether a converted file says this of itself: ONNX metadata, at the end of the file."""
-    with open(model, "rb") as file:
-        file.seek(max(0, os.path.getsize(model) - 4096))
-        # as protobuf writes it: a tag, the length, the text
-        pair = b"\n%c%b\x12%c%b" % (len(key), key.encode(), len(value), value.encode())
-        return pair in file.read()
-
-
-def fit_labels(labels, classes_file, classes):
-    """`labels` if there is one for each class, None if not; RequestError if they were asked for."""
-    if len(labels) == classes:
-        return labels
-    if classes_file is None:
-        return None
-    raise RequestError(
-        f"{classes_file}: {len(labels)} lines, but the network has {classes} outputs; "
-        "--classes takes a line for each"
-    )
-
-
-def print_answer(name, answer):
-    print(f"{name}:")
-    for class_id, label, logit in answer.best:
-        print(f"* class ID: {class_id}, label: {label}")
-        print(f"* confidence: {logit:.4f}")
-    if answer.random:
+def print_answer(title, best, ms, random):
+    print(f"{title}:")
+    for class_id, label, logit in best:
+        print(f"* class ID: {class_id}, label: {label}\n* confidence: {logit:.4f}")
+    if random:
         print(f"* {RANDOM_WARNING}")
-    print(f"* inference time: {answer.seconds * 1000:.1f} ms", flush=True)
+    print(f"* inference time: {ms:.1f} ms", flush=True)
 
 
 # --- the annotated picture ------------------------------------------------------------------------
 
 
-def annotate(picture, answer, grow=True):
-    """Write the answer into the top left corner of `picture`, in lines wrapped to its width.
+def annotate(picture, lines, grow=True):
+    """Write the lines into the top left corner of `picture`, wrapped to its width.
 
-    Returns the picture, or a larger copy of one that has no room for the text. With grow=False
-    it keeps its size, and the text is cut off.
+    Returns the picture, or a larger copy if the text doesn't fit. With grow=False, as a video
+    needs it, the size stays and the text is cut off.
     """
-    lines = [f"{label}: {logit:.4f}" for _, label, logit in answer.best]
-    lines.append(f"Inference time: {answer.seconds * 1000:.1f} ms")
-    if answer.fps is not None:
-        lines.append(f"{answer.fps:.1f} frames per second")
-    if answer.random:
-        lines.append(RANDOM_WARNING)
-
     height, width = picture.shape[:2]
     if grow and width < MIN_RESULT_WIDTH:
         zoom = min(MIN_RESULT_WIDTH / width, max(1, MAX_WINDOW_SIZE[1] / height))
@@ -687,8 +637,7 @@ def annotate(picture, answer, grow=True):
     text_height = max(12, width // 45)  # px of a capital letter
     scale = text_height / cv2.getTextSize("A", font, 1.0, 1)[0][1]
     thickness = max(1, round(scale * 1.5))
-    margin = text_height // 2
-    step = 2 * text_height
+    margin, step = text_height // 2, 2 * text_height
 
     def text_width(text):
         return cv2.getTextSize(text, font, scale, thickness)[0][0]
@@ -708,82 +657,48 @@ def annotate(picture, answer, grow=True):
     if grow and box_height > height:  # a flat picture gets a black strip for the text
         below = box_height - height
         picture = cv2.copyMakeBorder(picture, 0, below, 0, 0, cv2.BORDER_CONSTANT)
-    picture[:box_height, :box_width] //= 4  # darkened, so that text is legible on any picture
+    picture[:box_height, :box_width] //= 4  # darkened: text is legible on any picture
     for number, row in enumerate(rows):
         origin = (margin, number * step + margin + text_height)
         cv2.putText(picture, row, origin, font, scale, (0, 255, 0), thickness, cv2.LINE_AA)
     return picture
 
 
+def get_lines(best, ms, random):
+    """What `annotate` writes for an answer."""
+    lines = [f"{label}: {logit:.4f}" for _, label, logit in best]
+    return [*lines, f"Inference time: {ms:.1f} ms"] + ([RANDOM_WARNING] if random else [])
+
+
 # --- saving and showing ---------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """Yield a temporary path beside `path`, which becomes `path` once the block is done.
-
-    Whatever breaks the block off leaves nothing behind. Folders are made as needed. Raises
-    RequestError where the file can't be written.
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        raise RequestError(f"{path}: can't be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def write_picture(path, picture):
-    """Write `picture` (height, width, 3), in the format of the suffix of `path`."""
-    with whole_file(path) as part:
-        # imencode, because imwrite doesn't say that the disk is full
-        encoded, data = cv2.imencode(Path(path).suffix, picture)
-        if not encoded:
-            raise RequestError(f"{path}: OpenCV can't write this picture so; try --output X.png")
-        part.write_bytes(data)
-
-
 def get_output_paths(sources, model, output):
-    """Where each annotated source would go: `output` if it has a suffix, else in that folder."""
+    """The path of each annotated source: `output` if it has a suffix, else in that folder."""
+    paths = []
+    for kind, source in sources:
+        path = Path(f"camera{source}" if kind == "camera" else source)
+        suffixes = PICTURE_SUFFIXES if kind == "picture" else VIDEO_SUFFIXES
+        suffix = path.suffix if path.suffix.lower() in suffixes else suffixes[0]
+        suffix = suffixes[0] if suffix.lower() == ".pgm" else suffix  # grey only
+        paths.append(Path(output or RESULTS_DIR) / f"{path.stem}_{Path(model).stem}{suffix}")
     if output and Path(output).suffix and not Path(output).is_dir():
         if len(sources) > 1:
             raise RequestError(
-                f"--output {output} is a file, for {len(sources)} inputs; name a folder"
+                f"--output {output} is a file, but there are {len(sources)} inputs; name a folder"
             )
-        paths = [Path(output)]
-    else:
-        folder = Path(output or RESULTS_DIR)
-        paths = []
-        for kind, source in sources:
-            path = Path(source)
-            suffix = path.suffix if path.suffix.lower() in SUFFIXES[kind] else SUFFIXES[kind][0]
-            stem = f"camera{source}" if kind == "camera" else path.stem
-            paths.append(folder / f"{stem}_{Path(model).stem}{suffix}")
-    for (kind, _), path in zip(sources, paths, strict=True):
-        if path.suffix.lower() not in SUFFIXES[kind]:
-            raise RequestError(
-                f"--output {path}: a {kind} is saved as {' '.join(SUFFIXES[kind])}; a folder with "
-                "a dot in its name must be there already"
-            )
-        if paths.count(path) > 1:
-            raise RequestError(f"two results would be saved as {path}; classify them one by one")
+        paths = [Path(check_name(output))]
+    for path in paths:
         if path.exists() and any(path.samefile(s) for _, s in sources if Path(s).exists()):
             raise RequestError(f"--output {path} is an input; name another file")
-    return [Path(check_name(str(path))) for path in paths]
+    return paths
 
 
 def has_display():
     """Whether a window can be shown.
 
-    Without a display, opencv-python's Qt doesn't raise: it aborts the whole process (seen with
-    OpenCV 5.0.0, exit 134; https://github.com/opencv/opencv/issues/13682). So a child process
+    Without a display, opencv-python's Qt aborts the whole process instead of raising (seen with
+    OpenCV 5.0.0, exit 134; https://github.com/opencv/opencv/issues/13682), so a child process
     tries first. Once cv2.namedWindow raises, a try/except will do.
     """
     on_linux = sys.platform.startswith("linux")
@@ -797,10 +712,10 @@ def has_display():
 
 
 def show(picture):
-    """Show `picture` in the window, made to fit the screen."""
+    """Show `picture` in the window, scaled to fit the screen."""
     height, width = picture.shape[:2]
     zoom = min(1, MAX_WINDOW_SIZE[0] / width, MAX_WINDOW_SIZE[1] / height)
-    if zoom < 1:  # a window that scales drops lines of pixels, and the text with them
+    if zoom < 1:  # a window that scales by itself drops lines of pixels, and the text with them
         size = (max(1, round(width * zoom)), max(1, round(height * zoom)))
         picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
     cv2.namedWindow(WINDOW, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
@@ -808,129 +723,117 @@ def show(picture):
 
 
 def window_closed(milliseconds):
-    """Wait so long for a key; True where one was pressed or the window was closed."""
-    if cv2.waitKey(milliseconds) >= 0:
-        return True
-    return cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1
+    """Wait this many milliseconds for a key; True if one was pressed or the window was closed."""
+    return cv2.waitKey(milliseconds) >= 0 or cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1
 
 
-# --- the two kinds of source ----------------------------------------------------------------------
+# --- pictures and videos --------------------------------------------------------------------------
 
 
-def classify_picture(path, prepare, ask, output, window):
+def classify_picture(path, classify, output, window):
     """Classify one picture, print the answer, save the annotated picture, show it."""
     picture = read_picture(path)
-    answer = ask(prepare(picture))
-    print_answer(path, answer)
-    result = annotate(picture, answer)
-    write_picture(output, result)
+    best, ms = classify(picture)
+    print_answer(path, best, ms, classify.random)
+    result = annotate(picture, get_lines(best, ms, classify.random))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.haveImageWriter(str(output)):
+        raise RequestError(f"{output}: OpenCV can't write a picture in this format; try .png")
+    if not cv2.imwrite(str(output), result):
+        raise RequestError(f"{output}: can't be written; is the disk full?")
     print(f"* saved: {output}", flush=True)
     if window:
         show(result)
-        # waitKey(0) would see neither Ctrl-C nor a window closed with the mouse
-        while not window_closed(50):
+        while not window_closed(50):  # waitKey(0) would miss Ctrl-C, and a window that is closed
             pass
         cv2.destroyAllWindows()
 
 
-def classify_video(kind, source, prepare, ask, output, window):
-    """Classify each frame of a video or camera; print each change of the first answer.
+def classify_video(kind, source, classify, output, window):
+    """Classify each frame of a video or camera, and print each change of the top answer.
 
-    `output` None: nothing is saved. A key, or Ctrl-C, ends it; what is saved until then is whole.
+    output: None if nothing is to be saved. A key or Ctrl-C ends it; what is saved is whole.
     """
     capture = cv2.VideoCapture(int(source) if kind == "camera" else source)
-    capture_frames = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+    promised = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     read, frame = capture.read()
     if not read:
-        hint = "is it connected?" if kind == "camera" else "the file may be cut short"
+        hint = "is it connected?" if kind == "camera" else "the file may be truncated"
         raise RequestError(f"{kind} {source}: no frame can be read; {hint}")
-    with whole_file(output) if output else contextlib.nullcontext() as part:
-        writer = open_video(part, output, capture, frame) if part else None
-
-        def finish(frame, answer):
-            result = annotate(frame, answer, grow=False)
+    writer = open_video(output, capture, frame) if output else None
+    last, frames, interrupted = None, 0, False
+    start = time.perf_counter()
+    try:
+        while read:
+            best, ms = classify(frame)
+            lines = get_lines(best, ms, classify.random)
+            fps = (frames + 1) / (time.perf_counter() - start)
+            result = annotate(frame, [*lines, f"{fps:.1f} frames per second"], grow=False)
             if writer is not None:
                 writer.write(result)
-            return result
-
-        last, frames, interrupted = None, 0, False
-        start = time.perf_counter()
-        # A frame is annotated and written while the next one is decoded and made into a blob; a
-        # forward pass has all cores to itself, or it would wait for the core that has other work.
-        with ThreadPoolExecutor(1) as thread:
-            finished = thread.submit(lambda: None)
-            try:
-                while read:
-                    blob = prepare(frame)
-                    finished.result()
-                    answer = ask(blob)
-                    frames += 1
-                    answer.fps = frames / (time.perf_counter() - start)
-                    if answer.best[0][0] != last:
-                        last = answer.best[0][0]
-                        print_answer(f"{source}, frame {frames}", answer)
-                    finished = thread.submit(finish, frame, answer)
-                    if window:
-                        show(finished.result())
-                        if window_closed(1):
-                            break
-                    read, frame = capture.read()
-                finished.result()
-            except KeyboardInterrupt:
-                interrupted = True
-        fps = frames / (time.perf_counter() - start)
-        capture.release()
-        if writer is not None:
-            writer.release()
-        # VideoWriter doesn't say that the disk is full
-        if part and cv2.VideoCapture(str(part)).get(cv2.CAP_PROP_FRAME_COUNT) != frames:
-            raise RequestError(f"{output}: can't be written whole; is the disk full?")
-    promised = int(capture_frames) if capture_frames > frames else frames
-    print(f"{source}: {frames} of {promised} frames, {fps:.1f} frames per second")
-    if output:
+            frames += 1
+            if best[0][0] != last:
+                last = best[0][0]
+                print_answer(f"{source}, frame {frames}", best, ms, classify.random)
+            if window:
+                show(result)
+                if window_closed(1):
+                    break
+            read, frame = capture.read()
+    except KeyboardInterrupt:
+        interrupted = True
+    fps = frames / (time.perf_counter() - start)
+    print(f"{source}: {frames} of {max(promised, frames)} frames, {fps:.1f} frames per second")
+    if writer is not None:
+        writer.release()
+        # VideoWriter doesn't report a full disk. Ctrl-C may come between a write and its count.
+        saved = cv2.VideoCapture(str(output)).get(cv2.CAP_PROP_FRAME_COUNT)
+        if not frames <= saved <= frames + interrupted:
+            output.unlink(missing_ok=True)
+            raise RequestError(f"{output}: can't be written; is the disk full?")
         print(f"* saved: {output}")
     if interrupted:
         raise KeyboardInterrupt
 
 
-def open_video(part, output, capture, frame):
-    """cv2.VideoWriter of frames like `frame`, at the rate of `capture`."""
-    fourcc = "MJPG" if output.suffix.lower() == ".avi" else "mp4v"
+def open_video(output, capture, frame):
+    """cv2.VideoWriter for frames like `frame`, at the rate of `capture`."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    fourcc = cv2.VideoWriter_fourcc(*("MJPG" if output.suffix.lower() == ".avi" else "mp4v"))
     rate = capture.get(cv2.CAP_PROP_FPS)
     rate = rate if 0 < rate <= 1000 else 25  # some cameras and files don't say
-    size = (frame.shape[1], frame.shape[0])
-    writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*fourcc), rate, size)
+    writer = cv2.VideoWriter(str(output), fourcc, rate, frame.shape[1::-1])
     if not writer.isOpened():
-        raise RequestError(f"{output}: OpenCV can't write this video; try a .mp4 in another folder")
+        raise RequestError(
+            f"{output}: OpenCV can't write this video; name a {' or '.join(VIDEO_SUFFIXES)} file"
+        )
     return writer
 
 
 def main():
-    args = parse_args()
-    model, sources = split_inputs(args.input, args.model)
+    args = get_parser().parse_args()
+    model, sources = split_inputs(args)
+    zoo, entry = find_entry(args, model)
+    model = model or find_beside(zoo, entry.get("model", ""))
     sources = expand_sources(sources)
     outputs = get_output_paths(sources, model, args.output)
-    labels = get_labels(args.classes)
-    net = read_net(args, model)
-    random = is_random(model)
+    classify = get_classifier(args, model, zoo, entry)
     window = has_display()
-    print(describe_preprocessing(args))
-
-    def prepare(picture):
-        return get_blob(picture, args)
-
-    def ask(blob):
-        """The network's Answer for the blob of a picture."""
-        logits, seconds = forward(net, blob)
-        return get_answer(logits, seconds, labels, args, random)
-
+    print(classify.preprocessing)
+    failed = 0
     for (kind, source), output in zip(sources, outputs, strict=True):
-        if kind == "picture":
-            classify_picture(source, prepare, ask, output, window)
-        else:
-            keep = args.output or (kind == "video" and not window)
-            classify_video(kind, source, prepare, ask, output if keep else None, window)
-    return 0
+        try:
+            if kind == "picture":
+                classify_picture(source, classify, output, window)
+            else:
+                keep = args.output or (kind == "video" and not window)
+                classify_video(kind, source, classify, output if keep else None, window)
+        except RequestError as error:
+            if len(sources) == 1:
+                raise
+            report(error)
+            failed = 1
+    return failed
 
 
 if __name__ == "__main__":

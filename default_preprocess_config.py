@@ -1,7 +1,7 @@
 """How torchvision's ImageNet networks want their pictures, as options of classification.py.
 
-The numbers are torchvision's, times 255 where they are about pixels: mean (0.485, 0.456, 0.406),
-std (0.229, 0.224, 0.225), https://docs.pytorch.org/vision/stable/models.html
+The numbers are torchvision's: mean (0.485, 0.456, 0.406), here times 255 for pixels from 0 to 255,
+and std (0.229, 0.224, 0.225), https://docs.pytorch.org/vision/stable/models.html
 """
 
 BASE_IMG_SCALE_FACTOR = 1 / 255

@@ -9,59 +9,54 @@ import ctypes
 import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-import classification
-from classification import (
+from common import (
+    PICTURE_SUFFIXES,
+    RANDOM,
+    SEED,
+    NetworksDisagree,
     RequestError,
-    positive_int,
+    find_bundled,
     read_lines,
     read_onnx,
     read_picture,
     whole_file,
 )
-from common import (
-    RANDOM,
-    find_bundled,
-    get_content_size,
-    get_weights,
-    hash_content,
-    is_own,
-)
+from conversion import get_key, hash_graph
+from networks import get_torchvision_weights, get_transforms, is_own, run_pytorch
 from test_config import CLS_TEST_DATA_DIR, IMAGENET_VAL_DIR, LOGS_DIR
-from verify import (
-    MAX_RELATIVE_ERROR,
-    Difference,
-    NetworksDisagree,
-    compare,
-    run_opencv,
-    run_pytorch,
-)
+from verify import MAX_RELATIVE_ERROR, Difference, compare, run_opencv
 
 NETWORKS = ("PyTorch", f"OpenCV {cv2.__version__}")
 
-# torchvision.datasets.ImageFolder's
-PICTURE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"
-)  # fmt: skip
-# So many batches after which the processes of a run see whether all of them are still there.
-ROLL_CALL = 10
+ROLL_CALL = 10  # batches between checks that all processes are alive
 MAX_SKIPPED = 0.01  # of the pictures: over that, an evaluation ends with exit code 1
 
 
+# The rows of the summary: the keys of each network's figures.
+ROWS = {
+    "top-1 accuracy, %": "top1",
+    "top-5 accuracy, %": "top5",
+    "ms per picture, mean": "ms_mean",
+    "ms per picture, median": "ms_median",
+    "ms per picture, 95th percentile": "ms_p95",
+}
+
+
 class TooManySkipped(RequestError):
-    """So many pictures can't be read that the figures are of another set."""
+    """Too many pictures can't be read: the figures are those of another set."""
 
     exit_code = 1
 
@@ -69,25 +64,33 @@ class TooManySkipped(RequestError):
 # --- the labelled pictures ------------------------------------------------------------------------
 
 
-def get_labelled_pictures(config, given):
-    """([(path, class ID)], their folder, whether they are the bundled ones) of the evaluation.
+@dataclass
+class Data:
+    """The labelled pictures of an evaluation."""
 
-    From a label file, or from class folders: see read_val_file and read_class_folders. The
-    bundled pictures stand in only for the tutorial's own folder, and only where nobody named
-    another.
+    pictures: list  # (path, class ID)
+    root: str  # their folder
+    bundled: bool  # whether they are the ones of this project
+
+
+def get_data(config, named_root, named_labels):
+    """The Data of a TestClsConfig, from a label file or from class folders.
+
+    named_root, named_labels: whether the user named the folder, the label file. The bundled
+    pictures stand in only for the tutorial's own folder, and only if the user named nothing.
     """
-    named = {"img_root_dir", "img_cls_file"} & given.keys()
     root, label_file = config.img_root_dir, config.img_cls_file
-    if not named and root == IMAGENET_VAL_DIR and not Path(root).exists():
+    if not named_root and not named_labels and not Path(root).exists():
         root = find_bundled(CLS_TEST_DATA_DIR)
-        return read_val_file(os.path.join(root, "val.txt"), root), root, True
+        print(f"no {IMAGENET_VAL_DIR} here: evaluating on the bundled pictures")
+        return Data(read_val_file(os.path.join(root, "val.txt"), root), root, True)
     if not Path(root).is_dir():
         raise RequestError(
             f"{root}: no such folder; --img_root_dir takes the folder of the pictures"
         )
-    if "img_cls_file" not in given and not any(map(is_picture_name, os.listdir(root))):
-        return read_class_folders(root), root, False
-    return read_val_file(label_file, root), root, False
+    if not named_labels and not any(map(is_picture_name, os.listdir(root))):
+        return Data(read_class_folders(root), root, False)
+    return Data(read_val_file(label_file, root), root, False)
 
 
 def is_picture_name(name):
@@ -97,7 +100,7 @@ def is_picture_name(name):
 def read_class_folders(root):
     """[(path, class ID)] from a folder for each class, in sorted order the classes 0, 1, 2 ...
 
-    The layout of torchvision.datasets.ImageFolder: pictures may lie deeper.
+    The layout of torchvision.datasets.ImageFolder: pictures may be deeper inside.
     """
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     pictures = []
@@ -108,7 +111,7 @@ def read_class_folders(root):
                 (os.path.join(folder, f), class_id) for f in sorted(files) if is_picture_name(f)
             ]
     if not pictures:
-        raise RequestError(f"{root}: neither pictures nor folders of pictures in it")
+        raise RequestError(f"{root}: no pictures and no folders of pictures in it")
     print(f"{root}: folder {classes[0]} is class 0, ..., {classes[-1]} is class {len(classes) - 1}")
     return pictures
 
@@ -130,7 +133,7 @@ def read_val_file(path, root):
 
 
 def check_class_ids(pictures, classes):
-    """Raise RequestError where a label is none of the network's `classes`."""
+    """Raise RequestError if a label isn't one of the network's `classes`."""
     for path, class_id in pictures:
         if class_id >= classes:
             raise RequestError(
@@ -142,8 +145,8 @@ def check_class_ids(pictures, classes):
 def get_data_fingerprint(pictures, root):
     """SHA-256 over the pictures' names, sizes and labels, and one over when they were changed.
 
-    The first tells a copy of a data set from another set, the second whether it was touched
-    since. Their content is not read: that would take as long as decoding it.
+    The first tells a copy of a data set from another set, the second whether it was touched since.
+    The pictures themselves aren't read: that would take as long as decoding them.
     """
     data, times = hashlib.sha256(), hashlib.sha256()
     for path, class_id in pictures:
@@ -160,76 +163,66 @@ def get_data_fingerprint(pictures, root):
 # --- preprocessing --------------------------------------------------------------------------------
 
 
-def check_frame_size(config, module_config, preprocessing):
-    """Raise RequestError where the evaluation can't cut its frame, or would cut another one."""
-    if not module_config.frame_width == module_config.frame_height == str(config.frame_size):
-        raise RequestError(
-            "evaluation mode takes square frames: --frame_size in place of --frame_width and "
-            "--frame_height"
-        )
-    for name in ("rsz_width", "rsz_height"):
-        if positive_int(preprocessing[name]) < config.frame_size:
-            raise RequestError(
-                f"--{name} {preprocessing[name]} is less than --frame_size {config.frame_size}, "
-                "which is cut out of the resized picture"
-            )
+def get_centre_blob(picture, preprocessing):
+    """(1, 3, height, width): the true centre of the resized picture, as torchvision cuts it.
 
-
-def get_tutorial_blob(path, preprocessing, config):
-    """(1, 3, frame_size, frame_size): the centre of the resized picture, as torchvision cuts it.
-
-    blobFromImage's crop would shrink the picture to the frame and cut nothing.
+    blobFromImage's crop would shrink the picture to the blob and cut nothing off a square.
     """
-    size = config.frame_size
-    rsz_height = int(preprocessing["rsz_height"])
-    rsz_width = int(preprocessing["rsz_width"])
-    picture = cv2.resize(read_picture(path).astype(np.float32), (rsz_width, rsz_height))
-    top, left = (rsz_height - size) // 2, (rsz_width - size) // 2
+    p = preprocessing
+    picture = cv2.resize(picture.astype(np.float32), (p.initial_width, p.initial_height))
+    top, left = (p.initial_height - p.height) // 2, (p.initial_width - p.width) // 2
     blob = cv2.dnn.blobFromImage(
-        picture[top : top + size, left : left + size],
-        scalefactor=float(preprocessing["scale"]),
-        mean=[float(value) for value in preprocessing["mean"]],
-        swapRB=config.bgr_to_rgb,
+        picture[top : top + p.height, left : left + p.width],
+        scalefactor=p.scale,
+        mean=p.mean,
+        swapRB=p.rgb,
     )
-    blob /= np.array(preprocessing["std"], np.float32).reshape(1, 3, 1, 1)
-    return blob
+    return blob / np.float32(p.std or (1, 1, 1)).reshape(1, 3, 1, 1)
 
 
-def get_torchvision_blob(path, transforms):
-    """The same by the transforms of the weights, whose accuracy is the published one."""
+def get_torchvision_blob(picture, transforms):
+    """The same by the transforms of the weights; torchvision's published accuracy is theirs."""
     import torch
 
-    rgb = cv2.cvtColor(read_picture(path), cv2.COLOR_BGR2RGB)
+    rgb = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
     return transforms(torch.from_numpy(rgb).permute(2, 0, 1))[None].numpy()
 
 
-def check_transforms(transforms, frame_size):
-    """Raise RequestError where torchvision's transforms make another frame than the network's."""
-    if transforms.crop_size != [frame_size]:
-        raise RequestError(
-            f"--preprocess torchvision cuts {transforms.crop_size[0]} pixels, and --frame_size is "
-            f"{frame_size}: leave it out"
-        )
-
-
-def get_blob_function(preprocessing, config):
-    """get_blob(path) for a preprocessing, the tutorial's dictionary or torchvision's transforms."""
-    if isinstance(preprocessing, dict):
-        return lambda path: get_tutorial_blob(path, preprocessing, config)
-    return lambda path: get_torchvision_blob(path, preprocessing)
+def get_blob_maker(network, preprocessing, how):
+    """(picture -> blob, its settings for the key) for --preprocess tutorial or torchvision."""
+    p = preprocessing
+    if how == "torchvision":
+        if is_own(network.name):
+            raise RequestError(
+                "--preprocess torchvision is for torchvision's networks: leave it out, and give "
+                "the preprocessing options"
+            )
+        transforms = get_transforms(network.name, network.weights)
+        if transforms.crop_size != [p.width]:
+            raise RequestError(
+                f"--preprocess torchvision cuts {transforms.crop_size[0]} pixels, and the frame "
+                f"size is {p.width}: leave one of the two options out"
+            )
+        return lambda picture: get_torchvision_blob(picture, transforms), str(transforms)
+    for name, value in (("rsz_width", p.initial_width), ("rsz_height", p.initial_height)):
+        if value is None or value < p.width:
+            raise RequestError(
+                f"--{name} {value} is less than --frame_size {p.width}, which is cut out of the "
+                "resized picture"
+            )
+    return lambda picture: get_centre_blob(picture, p), str(dataclasses.replace(p, crop=True))
 
 
 def read_batch(batch, get_blob, workers, buffer):
     """(blob, labels, names, skipped) of [(path, class ID)]: blob (pictures, 3, height, width).
 
-    Decoded by the workers, each with pictures of its own, into the rows of `buffer`, which is
-    used again for each batch: fresh memory would be scattered more and more. What can't be read
-    is skipped, as [path, reason].
+    The workers decode one picture each into the rows of `buffer`, which serves every batch: fresh
+    memory would be scattered more and more. What can't be read is skipped, as [path, reason].
     """
 
     def read(row, path):
         try:
-            buffer[row] = get_blob(path)[0]
+            buffer[row] = get_blob(read_picture(path))[0]
         except RequestError as error:
             return str(error)
         return None
@@ -248,8 +241,8 @@ def read_batch(batch, get_blob, workers, buffer):
 def keep_large_blocks():
     """Have glibc keep the memory of a layer's output for the next layer.
 
-    By default it returns blocks of that size to the kernel, and PyTorch spends up to half of a
-    batch of 50 in page faults: no fault of PyTorch's, and a comparison must not charge it for it.
+    By default it returns blocks of that size to the kernel, and PyTorch spends up to half the time
+    of a batch of 50 in page faults. That isn't PyTorch's fault, and a comparison mustn't charge it.
     Other platforms' allocators are left alone.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
@@ -260,39 +253,36 @@ def keep_large_blocks():
 
 
 def prepare_pytorch(model):
-    """run(blob) -> logits, with the memory layout that PyTorch's convolutions are fastest in."""
+    """run(blob) -> logits, in the memory layout in which PyTorch's convolutions are fastest."""
     import torch
 
     model.to(memory_format=torch.channels_last)
     return lambda blob: run_pytorch(model, blob, memory_format=torch.channels_last)
 
 
-def choose_engine(onnx_path, blob, engine, engines):
-    """The name of OpenCV's inference engine: the one asked for, or the fastest of `engines`.
+def choose_engine(converted, blob, engine):
+    """OpenCV's inference engine: the one asked for, or the fastest of those that are right.
 
-    engines: those that are right with the file. Each has one pass to warm up and one that counts.
+    Each has one pass to warm up and one that counts.
     """
     if engine != "auto":
-        if engine not in engines:
+        if engine not in converted.engines:
             raise RequestError(
-                f"--engine {engine} doesn't give PyTorch's answer with {onnx_path}: leave it out"
+                f"--engine {engine} doesn't give PyTorch's answer with {converted.path}: leave it "
+                "out"
             )
         return engine
     seconds = {}
-    for name in engines:
-        net = read_with_engine(onnx_path, name)
+    for name in converted.engines:
+        net = read_onnx(converted.path, name)
         run_opencv(net, blob)
         start = time.perf_counter()
         run_opencv(net, blob)
         seconds[name] = time.perf_counter() - start
     name = min(seconds, key=seconds.get)
     timings = ", ".join(f"{n} {s * 1000 / len(blob):.1f} ms" for n, s in seconds.items())
-    print(f"OpenCV's engines: {timings} per picture; taking {name}")
+    print(f"OpenCV's engines: {timings} per picture; taking {name}", flush=True)
     return name
-
-
-def read_with_engine(onnx_path, engine):
-    return read_onnx(onnx_path, classification.available(classification.ENGINES)[engine])
 
 
 def evaluate_batch(networks, blob, labels, names):
@@ -326,49 +316,42 @@ def count_correct(logits, labels, k):
 
 # --- nothing lost ---------------------------------------------------------------------------------
 #
-# Each finished batch is a line of JSON in a state file, whose first line says what run it belongs
-# to. All figures are computed from these records, in the order of the batches: so a run that was
-# killed and goes on ends with the figures of one that was never stopped, and several processes
-# end with those of one, as long as PyTorch's rounding doesn't depend on its number of threads.
+# Each finished batch is a line of JSON in a state file, whose name has a hash of everything that
+# the figures depend on. All figures are computed from these records, in the order of the batches.
+# So a run that was killed and goes on ends with the figures of one that was never stopped, and
+# several processes end with those of one, as long as PyTorch's rounding doesn't depend on its
+# number of threads.
 
 
-def get_evaluation_key(args, config, preprocessing, onnx_path, pictures, root):
-    """All that the figures depend on, besides get_conversion_key: only such a run is resumed."""
-    return {
-        "model": args.model_name,
-        # without its metadata, which say the faster engine of that day
-        "onnx_sha256": hash_content(onnx_path, get_content_size(onnx_path)),
-        "data": root,
-        **get_data_fingerprint(pictures, root),
+def get_evaluation_key(network, converted, settings, data, config, args):
+    """Everything that the figures depend on: only a run with the same key is resumed."""
+    height = width = settings["frame_size"]
+    return get_key(network, (1, 3, height, width)) | {
+        "onnx_sha256": hash_graph(converted.path),
+        "data": data.root,
+        **get_data_fingerprint(data.pictures, data.root),
         "batch_size": config.batch_size,
-        "frame_size": config.frame_size,
-        "bgr_to_rgb": config.bgr_to_rgb,
         "preprocess": args.preprocess,
-        "preprocessing": {k: v for k, v in preprocessing.items() if k not in ("crop", "rgb")}
-        if isinstance(preprocessing, dict)
-        else str(preprocessing),
+        **settings,
         "engine_option": args.engine,
     }
 
 
-def get_state_paths(stem, key, rank):
-    """(state file of this process, state files of such a run that are there already).
-
-    The key in their name keeps other runs' states apart.
-    """
+def find_states(stem, key):
+    """(state file of this process, state files of this run that are there already)."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     found = sorted(Path(LOGS_DIR).glob(f"{stem}_{digest}_*.state"))
-    return Path(LOGS_DIR) / f"{stem}_{digest}_{rank}.state", found
+    return Path(LOGS_DIR) / f"{stem}_{digest}_{get_rank()}.state", found
 
 
 def read_state(path):
-    """(engine, {batch: record}) of a state file, without lines that broke off."""
+    """(engine, {batch: record}) of a state file, without broken lines."""
     records, engine = {}, None
     with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:  # broken off by a power cut
+            except json.JSONDecodeError:  # cut by a power failure
                 continue
             if "engine" in record:
                 engine = record["engine"]
@@ -377,19 +360,12 @@ def read_state(path):
     return engine, records
 
 
-def merge_states(states):
-    """(engine, records) of what the processes have read, each a list of read_state's results."""
-    found = [state for process in states for state in process]
-    engine = next((engine for engine, _ in found if engine), None)
-    return engine, {batch: r for _, records in found for batch, r in records.items()}
-
-
 def append_state(path, record):
-    """Add a line to the state file, so that it is there after a power cut."""
+    """Add a line to the state file, such that it survives a power failure."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
-            # a line that broke off before must not swallow this one
+            # a broken last line must not swallow this one
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
@@ -408,7 +384,7 @@ def append_state(path, record):
 
 
 def combine(differences):
-    """One Difference of all the batches': L1 is the mean over all pictures."""
+    """The Difference over all batches; L1 is the mean over all pictures."""
     pictures = sum(d.pictures for d in differences)
     return Difference(
         l1=sum(d.l1 * d.pictures for d in differences) / pictures,
@@ -420,7 +396,7 @@ def combine(differences):
 
 
 def get_times(records, network):
-    """ms per picture of each batch, but for each process's first, which warms up (if it can)."""
+    """ms per picture of each batch, without the first of each process, if there are others."""
     times = [r[network]["ms"] for r in records if network in r and not r["warm_up"]]
     return times or [r[network]["ms"] for r in records if network in r]
 
@@ -455,31 +431,25 @@ def get_figures(records, total, published):
 
 
 def get_summary(title, figures, about):
-    """The lines that end the log and the output."""
+    """The lines that end the log and the output: a table of both networks, and what differs."""
     read, total = figures["read"], figures["pictures"]
     count = f"{read}" if read == total else f"{read} of {total}"
-    lines = [f"{title}, {'PARTIAL: ' if figures['partial'] else ''}{count} pictures:"]
-    for network in NETWORKS:
-        values = figures[network]
+    rows = [[f"{title}, {'PARTIAL: ' if figures['partial'] else ''}{count} pictures", *NETWORKS]]
+    for label, key in ROWS.items():
+        rows.append([label, *(f"{figures[network][key]:.2f}" for network in NETWORKS)])
+    rows.append(["threads", *map(str, about["threads"].values())])
+    width = max(len(row[0]) for row in rows)
+    lines = ["  ".join([row[0].ljust(width), *(c.rjust(13) for c in row[1:])]) for row in rows]
+    if figures["published"]:
         published = ", ".join(f"{k} {v} %" for k, v in figures["published"].items())
-        published = f" (published: {published})" if published else ""
-        lines += [
-            f"{network}:",
-            f"* accuracy: top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} %{published}",
-            f"* inference time, ms per picture: mean {values['ms_mean']:.2f}, "
-            f"median {values['ms_median']:.2f}, 95th percentile {values['ms_p95']:.2f}",
-        ]
-    threads, processes = about["threads"], about["processes"]
-    each = f" in each of {processes} processes" if processes > 1 else ""
-    lines.append(
-        f"threads: PyTorch {threads['torch']}, OpenCV {threads['opencv']}{each}; "
-        f"OpenCV's engine: {about['engine']}"
-    )
+        lines.append(f"published by torchvision: {published}")
+    each = f", in each of {about['processes']} processes" if about["processes"] > 1 else ""
+    lines.append(f"OpenCV's engine: {about['engine']}{each}")
     lines.append(f"PyTorch vs OpenCV: {Difference(**figures['difference'])}")
     for name, a, b in figures["disagreements"]:
         lines.append(f"* not the same class: {name}: PyTorch {a}, OpenCV {b}")
     if figures["skipped"]:
-        lines.append(f"skipped: {len(figures['skipped'])} pictures, which could not be read")
+        lines.append(f"skipped: {len(figures['skipped'])} pictures that can't be read")
         lines += [f"* {reason}" for _, reason in figures["skipped"]]
     return lines
 
@@ -527,25 +497,26 @@ def draw_times(records, title, path):
         figure.savefig(part, dpi=120, format="png")
 
 
-def get_published(weights, model_name):
+def get_published(network):
     """{"acc@1": %, "acc@5": %} of torchvision's own weights, {} of others."""
-    entry = None if is_own(model_name) else get_weights(model_name).get(weights)
-    return entry.meta["_metrics"]["ImageNet-1K"] if entry else {}
+    if network.weights.kind != "torchvision":
+        return {}
+    entry = get_torchvision_weights(network.name)[network.weights.name]
+    return entry.meta["_metrics"]["ImageNet-1K"]
 
 
-def get_about(key, engine, processes, seconds, forward_seconds):
-    """What one needs to repeat the run, besides the figures."""
+def get_about(key, engine, seconds, forward_seconds):
+    """What you need to repeat the run, besides the figures."""
     import torch
 
     return key | {
         "engine": engine,
-        "processes": processes,
+        "processes": get_processes(),
         "processor": get_processor(),
         "python": platform.python_version(),
-        "onnx_package": importlib.metadata.version("onnx"),
         "numpy": np.__version__,
         "threads": {"torch": torch.get_num_threads(), "opencv": cv2.getNumThreads()},
-        "seconds": seconds,  # of this process, since it was started the last time
+        "seconds": seconds,  # of this process, since its last start
         "forward_seconds": forward_seconds,
     }
 
@@ -577,30 +548,35 @@ def write_results(stem, title, records, figures, about):
 # --- many processes -------------------------------------------------------------------------------
 
 
+def get_processes():
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def get_rank():
+    """Which of torchrun's processes this one is; 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
 def join_processes():
-    """(rank, processes): those of torchrun, which this process joins, else (0, 1)."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if processes == 1:
-        return 0, 1
+    """Join torchrun's processes, if there are several; only rank 0 prints from now on."""
+    if get_processes() == 1:
+        return
     import torch.distributed as dist
 
     # gloo notices by itself that a rank has died, but not that its machine has lost its power
     dist.init_process_group("gloo", timeout=datetime.timedelta(hours=1))
-    if dist.get_rank() != 0:
+    if get_rank() != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-    return dist.get_rank(), processes
 
 
-def gather(value, processes):
-    """The `value` of each process, by rank, in every process; so it is a barrier as well.
-
-    Raises RequestError where one of them has died.
-    """
-    if processes == 1:
+def gather(value):
+    """[the `value` of each process, by rank]; also a barrier. RequestError if one has died."""
+    if get_processes() == 1:
         return [value]
     import torch.distributed as dist
 
-    values = [None] * processes
+    values = [None] * get_processes()
     try:
         dist.all_gather_object(values, value)
     except RuntimeError:
@@ -611,65 +587,74 @@ def gather(value, processes):
     return values
 
 
-def in_turn(rank, processes, function):
-    """The result of `function`: rank 0 first, then one process a machine, then the others.
+def in_turn(function):
+    """The result of `function`: rank 0 first, then one process per machine, then the others.
 
-    So that what the first downloads and converts is there for the others.
+    What the first downloads and converts is then there for the others.
     """
     result = None
-    for turn in (rank == 0, os.environ.get("LOCAL_RANK", "0") == "0", True):
+    for turn in (get_rank() == 0, os.environ.get("LOCAL_RANK", "0") == "0", True):
         if turn and result is None:
             result = function()
-        gather(None, processes)
+        gather(None)
     return result
 
 
 # --- the run --------------------------------------------------------------------------------------
 
 
-def evaluate(network, pictures, get_blob, sample_blob, key, args, rank, processes):
+def evaluate(network, converted, preprocessing, data, config, args):
     """Run both networks over the pictures and write the results.
 
-    key: all that the figures depend on; only a run of the same key is taken up again. Raises
-    NetworksDisagree where the networks do, TooManySkipped where too many pictures can't be read,
-    and on Ctrl-C, after the results so far are written as partial, KeyboardInterrupt.
+    Takes up a run of the same key that was stopped. Raises NetworksDisagree if the networks do,
+    TooManySkipped if too many pictures can't be read, and on Ctrl-C KeyboardInterrupt, after
+    writing the results so far as partial.
     """
-    onnx_path = network.onnx_path
-    stem, size = onnx_path.stem, key["batch_size"]
-    weights = "RANDOM" if key["weights"] == RANDOM else key["weights"]
-    title = f"{stem}, {weights} weights"
-    batches = [pictures[i : i + size] for i in range(0, len(pictures), size)]
-    state_path, state_files = get_state_paths(stem, key, rank)
+    pictures, size = data.pictures, config.batch_size
+    preprocessing = dataclasses.replace(preprocessing, rgb=config.bgr_to_rgb)
+    check_class_ids(pictures, converted.classes)
+    get_blob, settings = get_blob_maker(network, preprocessing, args.preprocess)
+    settings = {"frame_size": preprocessing.width, "preprocessing": settings}
+    key = get_evaluation_key(network, converted, settings, data, config, args)
+    stem = converted.path.stem
+    title = f"{stem}, {network.weights.name.replace(RANDOM, 'RANDOM')} weights"
+    state_path, state_files = find_states(stem, key)
     if not args.resume:
-        gather([path.unlink(missing_ok=True) for path in state_files], processes)
+        for path in state_files:
+            path.unlink(missing_ok=True)
+        gather(None)
         state_files = []
-    engine, records = merge_states(gather([read_state(p) for p in state_files], processes))
+    engine, records = None, {}
+    for states in gather([read_state(path) for path in state_files]):
+        for found_engine, found_records in states:
+            engine, records = engine or found_engine, records | found_records
     if records:
         done = sum(r["pictures"] + len(r["skipped"]) for r in records.values())
         print(f"going on after {done} of {len(pictures)} pictures; --resume False starts anew")
 
     keep_large_blocks()
-    few = np.repeat(sample_blob, min(8, size), axis=0)
-    if rank == 0:
-        engine = choose_engine(onnx_path, few, engine or args.engine, network.engines)
-    engine = gather(engine, processes)[0]
-    net = read_with_engine(onnx_path, engine)
-    run_on_pytorch = prepare_pytorch(network.model)
-    networks = dict(zip(NETWORKS, (run_on_pytorch, lambda b: run_opencv(net, b)), strict=True))
-    check_class_ids(pictures, run_on_pytorch(few).shape[1])
+    shape = (3, preprocessing.height, preprocessing.width)
+    if get_rank() == 0:
+        few = np.random.default_rng(SEED).standard_normal((min(8, size), *shape), np.float32)
+        engine = choose_engine(converted, few, engine or args.engine)
+    engine = gather(engine)[0]
+    net = read_onnx(converted.path, engine)
+    forwards = (prepare_pytorch(network.model), lambda blob: run_opencv(net, blob))
+    networks = dict(zip(NETWORKS, forwards, strict=True))
     append_state(state_path, {"engine": engine})
 
+    batches = [pictures[i : i + size] for i in range(0, len(pictures), size)]
     missing = [i for i in range(len(batches)) if i not in records]
-    todo = missing[rank::processes]
-    buffer = np.empty((min(size, len(pictures)), *sample_blob.shape[1:]), np.float32)
+    todo = missing[get_rank() :: get_processes()]
+    buffer = np.empty((min(size, len(pictures)), *shape), np.float32)
     start, forward_seconds, interrupted = time.perf_counter(), 0.0, False
     total = sum(len(batches[i]) for i in todo)
     with (
         ThreadPoolExecutor(os.cpu_count()) as workers,
-        tqdm(total=total, unit=" pictures", disable=None if rank == 0 else True) as bar,
+        tqdm(total=total, unit=" pictures", disable=None if get_rank() == 0 else True) as bar,
     ):
-        for turn in range(-(-len(missing) // processes)):  # as many for each process
-            if turn % ROLL_CALL == 0 and any(gather(interrupted, processes)):
+        for turn in range(-(-len(missing) // get_processes())):  # the same number in each process
+            if turn % ROLL_CALL == 0 and any(gather(interrupted)):
                 break
             if interrupted or turn >= len(todo):
                 continue
@@ -688,33 +673,33 @@ def evaluate(network, pictures, get_blob, sample_blob, key, args, rank, processe
                 interrupted = True
     seconds = time.perf_counter() - start
 
-    for found in gather(records, processes):
+    for found in gather(records):
         records |= found
     read = sum(record["pictures"] for record in records.values())
     if not read and not interrupted:
         reason = records[0]["skipped"][0][1]
         raise RequestError(f"none of the {len(pictures)} pictures can be read: {reason}")
-    if read and rank == 0:
-        about = get_about(key, engine, processes, seconds, forward_seconds)
-        figures = get_figures(records, len(pictures), get_published(key["weights"], key["model"]))
+    if read and get_rank() == 0:
+        about = get_about(key, engine, seconds, forward_seconds)
+        figures = get_figures(records, len(pictures), get_published(network))
         write_results(stem, title, records, figures, about)
     if interrupted:
         raise KeyboardInterrupt
-    gather(None, processes)  # the states are kept until rank 0 has written the figures
+    gather(None)  # the states are kept until rank 0 has written the figures
     for path in {*state_files, state_path}:
         path.unlink(missing_ok=True)
-    if rank == 0:
+    if get_rank() == 0:
         check_figures(figures)
 
 
 def check_figures(figures):
-    """Raise what the exit code of a finished evaluation shall say."""
+    """Raise if the finished evaluation failed: NetworksDisagree or TooManySkipped."""
     difference = Difference(**figures["difference"])
-    # "not over" would let nan pass; a tie that falls the other way is no fault of a conversion
+    # "not <=" and not ">", which would let nan pass. A tie that falls the other way isn't a fault.
     if not difference.relative <= MAX_RELATIVE_ERROR:
         raise NetworksDisagree(f"PyTorch and OpenCV disagree on these pictures: {difference}")
     if len(figures["skipped"]) > MAX_SKIPPED * figures["pictures"]:
         raise TooManySkipped(
-            f"{len(figures['skipped'])} of {figures['pictures']} pictures could not be read: "
-            "the figures are of the others"
+            f"{len(figures['skipped'])} of {figures['pictures']} pictures can't be read: the "
+            "figures are those of the others"
         )

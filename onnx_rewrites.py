@@ -1,8 +1,7 @@
 """Put an ONNX graph into a form that OpenCV reads right.
 
-Each function mends one fault of OpenCV's importer, and none changes what the graph computes. A
-file that needs none of them comes out as it went in. Whether the file is right is decided by
-verify.py, not here.
+Each function works around one fault of OpenCV's importer without changing what the graph computes.
+A file that needs none of them comes out as it went in. verify.py decides whether the file is right.
 """
 
 import re
@@ -18,14 +17,15 @@ def make_readable(proto):
     rewrite_hard_sigmoid(proto.graph)
     rewrite_constant_of_shape(proto.graph)
     rewrite_tanh(proto.graph)
+    rewrite_batch_norm(proto.graph)
 
 
 def rewrite_einsum(graph):
-    """Einsum -> MatMul, where it is one: "...ik,...kj->...ij", or "...ik,...jk->...ij".
+    """Einsum -> MatMul, if it is one: "...ik,...kj->...ij", or "...ik,...jk->...ij".
 
-    OpenCV 5.0.0 takes the letters of the equation for a to z: with capitals, which ONNX allows
-    and torchvision's maxvit_t has, it writes past its tables: errors or a segmentation fault.
-    And its Einsum keeps the batch size of the first forward pass.
+    OpenCV 5.0.0 expects the letters a to z in the equation. With capitals, which ONNX allows and
+    torchvision's maxvit_t has, it writes past its tables: errors or a segmentation fault. And its
+    Einsum keeps the batch size of the first forward pass.
     """
     for index, node in reversed(list(enumerate(graph.node))):
         if node.op_type != "Einsum" or len(node.input) != 2:
@@ -52,8 +52,8 @@ def rewrite_einsum(graph):
 def rewrite_gelu(graph):
     """x * (0.5 * (1 + erf(x / sqrt 2))) -> (x * (1 + erf(x / sqrt 2))) * 0.5
 
-    OpenCV 5.0.0 fuses GELU into one layer, and dies with a segmentation fault where the factor
-    0.5 stands as PyTorch's new exporter puts it. TorchScript's puts it last.
+    OpenCV 5.0.0 fuses GELU into one layer, and crashes if the factor 0.5 comes first, as PyTorch's
+    new exporter writes it. TorchScript's writes it last.
     """
     producer = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name for tensor in graph.initializer}
@@ -90,9 +90,9 @@ def rewrite_gelu(graph):
 def rewrite_hard_sigmoid(graph):
     """HardSigmoid(beta=0.5) -> HardSigmoid(), 0.5 being ONNX's default.
 
-    OpenCV 5.0.0, 4.14 and 4.10 take b * HardSigmoid(a) for HardSwish(a), even where b is not a,
-    but only where alpha and beta are both given: MobileNetV3's squeeze-and-excitation from
-    PyTorch's new exporter is then silently wrong. TorchScript's leaves beta out.
+    OpenCV 5.0.0, 4.14 and 4.10 take b * HardSigmoid(a) for HardSwish(a), even if b isn't a, but
+    only if alpha and beta are both given: MobileNetV3's squeeze-and-excitation from PyTorch's new
+    exporter is then silently wrong. TorchScript's leaves beta out.
     """
     for node in graph.node:
         beta = get_attribute(node, "beta")
@@ -103,7 +103,7 @@ def rewrite_hard_sigmoid(graph):
 def rewrite_constant_of_shape(graph):
     """ConstantOfShape() -> ConstantOfShape(value=0), which is ONNX's default.
 
-    OpenCV 5.0.0 demands the attribute: "blobs.size() == 1" (Swin from PyTorch's new exporter).
+    OpenCV 5.0.0 requires the attribute: "blobs.size() == 1" (Swin from PyTorch's new exporter).
     """
     zero = onnx.numpy_helper.from_array(np.zeros(1, np.float32))
     for node in graph.node:
@@ -114,7 +114,7 @@ def rewrite_constant_of_shape(graph):
 def rewrite_tanh(graph):
     """Tanh(x) -> Tanh(Clip(x, -20, 20)), which is the same: tanh(20) is 1 in float32.
 
-    OpenCV 5.0.0 answers nan for x of 50 and more.
+    OpenCV 5.0.0 returns nan for x of 50 and more.
     """
     nodes = [(i, node) for i, node in enumerate(graph.node) if node.op_type == "Tanh"]
     limits = []
@@ -129,8 +129,47 @@ def rewrite_tanh(graph):
         graph.node[index + 1].input[0] = clipped
 
 
+def rewrite_batch_norm(graph):
+    """BatchNormalization -> Mul, Add, if it follows an activation of a convolution.
+
+    OpenCV 5.0.0's new engine folds it into the convolution, past GELU, SiLU, Hardswish, Sigmoid,
+    HardSigmoid and ELU: relative errors of 0.1 to 0.9 (ConvMixer and XCiT, for instance). Related:
+    https://github.com/opencv/opencv/issues/28689
+    """
+    producer = {output: node for node in graph.node for output in node.output}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    activations = {"Mul", "Sigmoid", "HardSigmoid", "HardSwish", "Elu", "Gelu"}
+    for index, node in reversed(list(enumerate(graph.node))):
+        if node.op_type != "BatchNormalization" or not constants.keys() >= set(node.input[1:]):
+            continue
+        source = first = producer.get(node.input[0])
+        while source is not None and source.op_type in activations:
+            source = producer.get(source.input[0])
+        if source is None or source is first or source.op_type != "Conv":
+            continue
+        if source.input[1] not in constants:
+            continue
+        gamma, beta, mean, variance = (
+            onnx.numpy_helper.to_array(constants[name]).astype(np.float64)
+            for name in node.input[1:]
+        )
+        epsilon = get_attribute(node, "epsilon")
+        factor = gamma / np.sqrt(variance + (1e-5 if epsilon is None else epsilon.f))
+        shape = [-1] + [1] * (len(constants[source.input[1]].dims) - 2)
+        names = [get_new_name(graph, f"{node.output[0]}_{end}") for end in ("factor", "term")]
+        for name, value in zip(names, (factor, beta - mean * factor), strict=True):
+            value = value.astype(np.float32).reshape(shape)
+            graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+        scaled = get_new_name(graph, f"{node.output[0]}_scaled")
+        mul = onnx.helper.make_node("Mul", [node.input[0], names[0]], [scaled])
+        add = onnx.helper.make_node("Add", [scaled, names[1]], [node.output[0]])
+        graph.node.remove(node)
+        graph.node.insert(index, add)
+        graph.node.insert(index, mul)
+
+
 def get_new_name(graph, name):
-    """The name, with as many underscores as it takes for no tensor to be called so."""
+    """The name, with underscores appended until no tensor has it."""
     taken = {tensor for node in graph.node for tensor in (*node.input, *node.output)}
     taken |= {tensor.name for tensor in (*graph.initializer, *graph.input, *graph.output)}
     while name in taken:

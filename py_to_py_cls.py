@@ -1,17 +1,17 @@
-"""Convert a PyTorch classifier to ONNX, prove it in OpenCV, then test or evaluate it.
+"""Convert a PyTorch classifier to ONNX, prove it in OpenCV, test or evaluate it.
 
-    python py_to_py_cls.py --model_name resnet50 --test True         # classify one picture
-    python py_to_py_cls.py --model_name resnet50                     # evaluate both networks
-    python py_to_py_cls.py --model_name resnet50 --evaluate False    # only convert and compare
-    torchrun --nproc-per-node 2 py_to_py_cls.py --model_name resnet50    # evaluate, two processes
-    python py_to_py_cls.py --list_models                             # torchvision's 80 classifiers
+Classify one picture; evaluate both networks; only convert and compare:
 
-A network of your own: weights that you trained, or a function that returns any nn.Module:
+    python py_to_py_cls.py --model_name resnet50 --test True
+    python py_to_py_cls.py --model_name resnet50
+    python py_to_py_cls.py --model_name resnet50 --evaluate False
 
-    python py_to_py_cls.py --model_name resnet50 --weights my.pth --classes my.txt --test True
-    python py_to_py_cls.py --model_name my_module:build_model --weights my.pth --test True
+Your own network: weights you trained, or a function that returns any nn.Module:
 
-What is written goes to models/, results/ and logs/ in the current folder.
+    python py_to_py_cls.py --model_name resnet50 --weights my.pth --test True
+    python py_to_py_cls.py --model_name my_module:build_model --test True
+
+Output goes to models/, results/ and logs/ in the current folder.
 """
 
 import argparse
@@ -20,289 +20,198 @@ import difflib
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import classification
-from classification import (
+from common import (
+    PICTURE_SUFFIXES,
+    NetworksDisagree,
     OneLineParser,
+    Preprocessing,
     RequestError,
+    add_to_zoo,
+    find_bundled,
+    fit_labels,
+    get_alias,
+    get_blob,
     parse_bool,
     positive_int,
+    read_config,
     read_labels,
     read_picture,
     run,
+    to_options,
 )
-from common import (
-    RANDOM,
-    add_to_zoo,
-    convert,
-    find_bundled,
-    find_verified,
-    get_alias,
-    get_conversion_key,
-    get_onnx_path,
-    get_weights,
+from conversion import Converted, convert, find_converted, find_network, get_onnx_path
+from evaluation import evaluate, get_data, get_rank, in_turn, join_processes
+from networks import (
+    announce_torch,
+    get_torchvision_weights,
     is_own,
     load_network,
+    parse_weights,
+    scale_frame,
 )
-from default_preprocess_config import pytorch_resize_input_blob
-from evaluation import (
-    check_frame_size,
-    check_transforms,
-    evaluate,
-    get_blob_function,
-    get_evaluation_key,
-    get_labelled_pictures,
-    in_turn,
-    join_processes,
-)
-from test_config import (
-    IMAGENET_VAL_DIR,
-    LOGS_DIR,
-    MODELS_DIR,
-    RESULTS_DIR,
-    TestClsConfig,
-    TestClsModuleConfig,
-)
-from verify import NetworksDisagree, get_references, run_pytorch, verify
+from test_config import LOGS_DIR, MODELS_DIR, RESULTS_DIR, TestClsConfig, TestClsModuleConfig
+from verify import get_references, verify
 
-# The tutorial's, whose names and preprocessing are known without importing torchvision, which
-# takes seconds. All others of torchvision's classifiers are taken as well.
+# The tutorial's networks: names that need no torchvision to be recognized. All others of
+# torchvision's classifiers work as well.
 MODELS = [
-    "alexnet",
-    "vgg11",
-    "vgg13",
-    "vgg16",
-    "vgg19",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "squeezenet1_0",
-    "squeezenet1_1",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-]
-
-# The fields of TestClsModuleConfig that say how a picture is prepared, and their options in
-# classification.py.
-PREPROCESSING = {
-    "scale": "--scale",
-    "mean": "--mean",
-    "std": "--std",
-    "crop": "--crop",
-    "rgb": "--rgb",
-    "rsz_height": "--initial_height",
-    "rsz_width": "--initial_width",
-}
+    "alexnet", "vgg11", "vgg13", "vgg16", "vgg19",
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "squeezenet1_0", "squeezenet1_1",
+    "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2",
+]  # fmt: skip
 
 
 # --- the command line -----------------------------------------------------------------------------
 
 
 def model_name(text):
-    """One of torchvision's classifiers, whatever its case, or the user's module:function."""
-    name = text.lower()
-    if is_own(text) or name in MODELS:
-        return text if is_own(text) else name
-    names = get_torchvision_names()
-    if name not in names:
+    """The user's module:function, or torchvision's name in lower case."""
+    return text if is_own(text) else text.lower()
+
+
+def check_model_name(name):
+    """Raise RequestError, with similar names, if torchvision has no such classifier."""
+    names = MODELS if is_own(name) or name in MODELS else get_torchvision_names()
+    if not is_own(name) and name not in names:
         near = difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"it is one of {', '.join(MODELS)}"
-        raise argparse.ArgumentTypeError(
-            f"unknown network '{text}', {hint}; --list_models shows all of torchvision's, and "
-            "MODULE:FUNCTION names your own"
+        raise RequestError(
+            f"--model_name: unknown network '{name}', {hint}; --list_models shows all of "
+            "torchvision's, and MODULE:FUNCTION names your own"
         )
-    return name
 
 
 def get_torchvision_names():
     """torchvision's classifiers: 80 in 0.29."""
+    announce_torch()
     from torchvision import models
 
     return models.list_models(module=models)
 
 
-def get_parser():
-    parser = OneLineParser(__doc__)
-    add = parser.add_argument
-    add(
-        "--model_name",
-        type=model_name,
-        metavar="NAME",
-        help=f"the network: {', '.join(MODELS)}; any other of --list_models; or "
-        "MODULE:FUNCTION, a function that returns an nn.Module, from a file in the current folder "
-        "or an installed package",
-    )
-    add(
-        "--list_models",
-        action="store_true",
-        help="print torchvision's classifiers, their input size and their published accuracy",
-    )
-    add(
-        "--test",
-        type=parse_bool,
-        default=False,
-        metavar="BOOL",
-        help="test mode: run classification.py on the converted network and one picture",
-    )
-    add(
-        "--evaluate",
-        type=parse_bool,
-        metavar="BOOL",
-        help="evaluation mode: accuracy, inference time and L1 of both networks over labelled "
-        "pictures, the bundled ones where there are no others (default: True, but False with "
-        "--test True)",
-    )
-    add(
-        "--default_img_preprocess",
-        type=parse_bool,
-        default=True,
-        metavar="BOOL",
-        help="test mode: prepare the picture as the network's weights want it "
-        "(pytorch_resize_input_blob of default_preprocess_config.py, with the sizes, mean and std "
-        "that torchvision gives for them), not as TestClsModuleConfig says; options given here "
-        "win over both (default: True)",
-    )
-    add(
-        "--weights",
-        help="torchvision's name of the weights (IMAGENET1K_V1, DEFAULT ...), a checkpoint file "
-        "with any number of classes, or 'random' (default: torchvision's first for the network, "
-        "IMAGENET1K_V1 for almost all; MODULE:FUNCTION as it is returned)",
-    )
-    add(
-        "--preprocess",
-        choices=["tutorial", "torchvision"],
-        default="tutorial",
-        help="evaluation mode: the centre of the resized picture, or the transforms of "
-        "the weights, whose accuracy is the published one (default: tutorial)",
-    )
-    add(
-        "--engine",
-        choices=["auto", "new", "classic"],
-        default="auto",
-        help="evaluation mode: OpenCV's inference engine; auto takes the faster of those that "
-        "are right (default: auto)",
-    )
-    add(
-        "--resume",
-        type=parse_bool,
-        default=True,
-        metavar="BOOL",
-        help="evaluation mode: go on where the same command was stopped (default: True)",
-    )
-    add_config(parser, TestClsConfig, "evaluation mode (TestClsConfig in test_config.py)")
-    add_config(
-        parser,
-        TestClsModuleConfig,
-        "test mode (TestClsModuleConfig in test_config.py)",
-        "scale, mean, std, crop, rgb and rsz_* have these defaults with --default_img_preprocess "
-        "False, else torchvision's; evaluation mode takes scale, mean, std and rsz_* where given",
-    )
-    return parser
-
-
 def non_empty(text):
+    """The text of an option."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
+
+
+# fmt: off
+def get_parser():
+    parser = OneLineParser(__doc__, "--model_name NAME [--test BOOL] [options]")
+    add = parser.add_argument
+    yes_no = {"type": parse_bool, "metavar": "BOOL"}
+    add("--model_name", type=model_name, metavar="NAME",
+        help=f"the network: {', '.join(MODELS)}; any other of --list_models; or MODULE:FUNCTION, "
+        "a function that returns an nn.Module, in a file in the current folder or an installed "
+        "package")
+    add("--list_models", action="store_true",
+        help="print torchvision's classifiers, their input size and their published accuracy")
+    add("--test", default=False, **yes_no,
+        help="test mode: run classification.py on the converted network and one picture")
+    add("--evaluate", **yes_no,
+        help="evaluation mode: accuracy, inference time and L1 of both networks over labelled "
+        "pictures, the bundled ones if you have no others (default: True, but False with --test "
+        "True)")
+    add("--weights", metavar="W",
+        help="torchvision's name of the weights (IMAGENET1K_V1, DEFAULT ...), a checkpoint file "
+        "with any number of classes, or 'random' (default: torchvision's first for the network, "
+        "IMAGENET1K_V1 for almost all; for MODULE:FUNCTION, the ones it returns)")
+    add("--default_img_preprocess", default=True, **yes_no,
+        help="test mode: prepare the picture as the network wants it (True), or as "
+        "TestClsModuleConfig says (False); options win over both (default: True)")
+    add("--preprocess", choices=["tutorial", "torchvision"], default="tutorial",
+        help="evaluation mode: the centre of the resized picture, or torchvision's transforms of "
+        "the weights, which its published accuracy was measured with (default: tutorial)")
+    add("--engine", choices=["auto", "new", "classic"], default="auto",
+        help="evaluation mode: OpenCV's inference engine; auto takes the fastest that is right "
+        "(default: auto)")
+    add("--resume", default=True, **yes_no,
+        help="evaluation mode: go on where the same command was stopped (default: True)")
+    add_config(parser, TestClsConfig, "evaluation mode: TestClsConfig in test_config.py")
+    add_config(parser, TestClsModuleConfig, "test mode: TestClsModuleConfig in test_config.py",
+        "These defaults count with --default_img_preprocess False. Evaluation mode\n"
+        "takes --scale, --mean, --std and --rsz_* as well.")
+    return parser
+# fmt: on
 
 
 def add_config(parser, config_class, title, description=None):
     """An option for each field of the dataclass, of its name and type."""
     group = parser.add_argument_group(title, description)
     types = {int: positive_int, bool: parse_bool}
-    for config_field in dataclasses.fields(config_class):
-        default = getattr(config_class(), config_field.name)
+    for field in dataclasses.fields(config_class):
+        default = getattr(config_class(), field.name)
         shown = " ".join(default) if isinstance(default, list) else default
         group.add_argument(
-            f"--{config_field.name}",
-            type=types.get(config_field.type, non_empty),
-            nargs=3 if isinstance(default, list) else None,
-            metavar="BOOL" if config_field.type is bool else None,
-            help=f"{config_field.metadata['help']} (default: {'none' if shown == '' else shown})",
+            f"--{field.name}",
+            type=types.get(field.type, non_empty),
+            nargs="+" if isinstance(default, list) else None,
+            metavar={int: "N", bool: "BOOL"}.get(field.type, "V"),
+            help=f"{field.metadata['help']} (default: {'none' if shown == '' else shown})",
         )
 
 
-def get_config(config_class, given):
-    """The dataclass with what the command line gives; its default paths are found from anywhere.
+def fill_config(config_class, args):
+    """The dataclass with the options of the command line; its paths are found from anywhere."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    config = replace(config_class(), **given)
+    for name in {"input_img", "classes", "test_module_path"} & set(names) - given.keys():
+        path = getattr(config, name)
+        if "cls_test_data_dir" in given and name != "test_module_path":
+            path = os.path.join(config.cls_test_data_dir, os.path.basename(path))
+        setattr(config, name, find_bundled(path))
+    return config
 
-    Defaults that follow from another field follow it here too.
+
+def read_preprocessing_options(args):
+    """{field: value} of the Preprocessing options that the command line gives."""
+    return read_config({name: getattr(args, name) for name in vars(TestClsModuleConfig())})
+
+
+def check_request(args, config, module_config):
+    """Raise RequestError for what can be wrong with the request, before torch is imported.
+
+    Returns (the test picture, the Data of an evaluation or None).
     """
-    config = config_class()
-    names = [config_field.name for config_field in dataclasses.fields(config)]
-    values = {name: given[name] for name in names if name in given}
-    for name in ("input_img", "classes", "test_module_path"):
-        if name in names and name not in given:
-            values[name] = find_bundled(getattr(config, name))
-    if "cls_test_data_dir" in values:
-        for name in {"input_img", "classes"} - given.keys():
-            values[name] = os.path.join(given["cls_test_data_dir"], os.path.basename(values[name]))
-    if "frame_size" in given:
-        for name in {"frame_height", "frame_width"} & set(names) - given.keys():
-            values[name] = str(given["frame_size"])
-    return dataclasses.replace(config, **values)
+    given = read_preprocessing_options(args)
+    if args.evaluate and given.get("width") != given.get("height"):
+        raise RequestError(
+            "an evaluation takes square frames: give --frame_size, not --frame_width and "
+            "--frame_height"
+        )
+    read_labels(module_config.classes)
+    if args.test and not Path(module_config.test_module_path).is_file():
+        raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")
+    picture = read_picture(module_config.input_img)
+    if not args.evaluate:
+        return picture, None
+    data = get_data(config, args.img_root_dir is not None, args.img_cls_file is not None)
+    Path(LOGS_DIR).mkdir(exist_ok=True)
+    return picture, data
 
 
-def get_preset(model_name, weights, frame_size):
-    """(frame size, {field: text} of PREPROCESSING) that a network wants by default.
-
-    As torchvision says for its weights; the user's own weights count as its default ones. For the
-    user's own architecture the tutorial's, for a frame of `frame_size` if that is given.
-    """
-    size, preset = TestClsConfig().frame_size, pytorch_resize_input_blob
-    if is_own(model_name):
-        resize = int(preset["rsz_width"]) * (frame_size or size) // size
-        return size, preset | {"rsz_width": str(resize), "rsz_height": str(resize)}
-    first = weights is None or weights.lower() == RANDOM or Path(weights).is_file()
-    if model_name in MODELS and first:  # known without torchvision: a test compares
-        return size, preset
-    transforms = get_transforms(model_name, weights)
-    resize = str(transforms.resize_size[0])
-    return transforms.crop_size[0], preset | {
-        "mean": [f"{255 * value:g}" for value in transforms.mean],
-        "std": [f"{value:g}" for value in transforms.std],
-        "rsz_width": resize,
-        "rsz_height": resize,
-    }
-
-
-def get_transforms(model_name, weights):
-    """torchvision's transforms of these weights, or of the network's first where they have none."""
-    known = get_weights(model_name)
-    return known.get((weights or "").upper(), next(iter(known.values()))).transforms()
-
-
-def get_preprocessing(default_img_preprocess, config, given, preset):
-    """{field: text} of PREPROCESSING: the preset's or the config's, and what is given wins."""
-    own = {name: getattr(config, name) for name in PREPROCESSING}
-    if not default_img_preprocess:
-        return own
-    return preset | {name: own[name] for name in PREPROCESSING if name in given}
-
-
-def get_preprocessing_options(preprocessing, config):
-    """The same as a command line for classification.py."""
-    options = ["--width", config.frame_width, "--height", config.frame_height]
-    for name, option in PREPROCESSING.items():
-        value = preprocessing[name]
-        if value:
-            options += [option, *value] if isinstance(value, list) else [option, value]
-    return options
-
-
-# --- the list of networks -------------------------------------------------------------------------
+def get_args():
+    """The command line, with what follows from other options."""
+    parser = get_parser()
+    args = parser.parse_args()
+    if args.model_name is None and not args.list_models:
+        parser.error("the following arguments are required: --model_name")
+    if args.evaluate is None:
+        args.evaluate = not args.test
+    return args
 
 
 def list_models():
-    """Print torchvision's classifiers; their accuracies are of their default weights."""
+    """Print torchvision's classifiers; the accuracies are those of their default weights."""
     print(f"{'network':20}{'resize':>8}{'input':>7}{'top-1':>9}{'top-5':>9}  weights")
     for name in get_torchvision_names():
-        entry = next(iter(get_weights(name).values()))
+        entry = next(iter(get_torchvision_weights(name).values()))
         transforms, accuracy = entry.transforms(), entry.meta["_metrics"]["ImageNet-1K"]
         print(
             f"{name:20}{transforms.resize_size[0]:8}{transforms.crop_size[0]:7}"
@@ -311,19 +220,71 @@ def list_models():
     return 0
 
 
-# --- test mode ------------------------------------------------------------------------------------
+# --- network, conversion, test --------------------------------------------------------------------
 
 
-def test(network, config, options):
+def get_network(args, or_random):
+    """The Network of the command line; without its module if its converted file will do."""
+    weights = parse_weights(args.model_name, args.weights)
+    network = None if args.evaluate else find_network(args.model_name, weights, MODELS_DIR)
+    if network is None:
+        check_model_name(args.model_name)
+        network = load_network(args.model_name, weights, args.frame_size, or_random)
+    return network
+
+
+def get_preprocessings(network, args):
+    """The Preprocessing of (test mode, evaluation mode): options win over the defaults."""
+    given = read_preprocessing_options(args)
+    if network.assumed and not given.keys() & {"scale", "mean", "std"}:
+        print(
+            f"NOTE: {network.name} doesn't say how it wants its pictures: assuming torchvision's "
+            "ImageNet preprocessing; --frame_size, --scale, --mean, --std and --rsz_* change it",
+            file=sys.stderr,
+        )
+    wanted = replace(scale_frame(network.preprocessing, args.frame_size), **given)
+    evaluated = wanted
+    if not args.default_img_preprocess:
+        config = fill_config(TestClsModuleConfig, args)
+        frame = {"frame_width": str(wanted.width), "frame_height": str(wanted.height)}
+        wanted = Preprocessing(**read_config(vars(config) | frame))
+    return wanted, evaluated
+
+
+def get_converted(network, config, picture, preprocessing, args):
+    """(Converted, the file of the class names or None): converted before, or now."""
+    path = (
+        Path(config.model)
+        if config.model
+        else get_onnx_path(network.name, network.weights, MODELS_DIR)
+    )
+    blob = get_blob(picture, preprocessing)
+    converted = find_converted(network, path, blob.shape)
+    references = None
+    if converted is None:
+        if network.model is None:
+            network = load_network(network.name, network.weights, args.frame_size)
+        references = get_references(network.model, blob)
+    count = converted.classes if converted else references[0][2].shape[1]
+    labels = fit_labels(read_labels(config.classes), args.classes, count)
+    if converted is None and config.model:
+        try:
+            converted = Converted(path, verify(path, references), count)
+        except NetworksDisagree as error:
+            raise NetworksDisagree(f"{path}: {error}; was it made from these --weights?") from None
+        print(f"{path}: verified; taking the {converted.engines[0]} engine")
+    return converted or convert(network, path, references), config.classes if labels else None
+
+
+def test(converted, config, preprocessing, classes):
     """Run classification.py on the converted network; return its exit code."""
     picture = Path(config.input_img)
-    known = picture.suffix.lower() in classification.SUFFIXES["picture"]
-    result = f"{picture.stem}_{network.onnx_path.stem}_{config.test_module_name}"
-    result += picture.suffix if known else ".png"
-    command = [sys.executable, config.test_module_path, "--model", str(network.onnx_path)]
+    suffix = picture.suffix if picture.suffix.lower() in PICTURE_SUFFIXES else ".png"
+    result = f"{picture.stem}_{converted.path.stem}_{config.test_module_name}{suffix}"
+    command = [sys.executable, config.test_module_path, "--model", str(converted.path)]
     command += ["--input", config.input_img, "--output", os.path.join(RESULTS_DIR, result)]
-    command += ["--engine", network.engines[0], *options]
-    command += ["--classes", network.classes] if network.classes else []
+    command += ["--engine", converted.engines[0], *to_options(preprocessing)]
+    command += ["--classes", classes] if classes else []
     code = subprocess.run(command).returncode
     if code < 0:
         raise RequestError(f"{config.test_module_path} was ended by signal {-code}")
@@ -333,99 +294,26 @@ def test(network, config, options):
 test.__test__ = False  # for pytest
 
 
-# --- the run --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Network:
-    """A network in PyTorch and its verified file for OpenCV."""
-
-    model: object  # torch.nn.Module, in eval mode
-    origin: str  # of its weights
-    onnx_path: Path
-    engines: list  # OpenCV's that are right with the file
-    classes: str | None  # the file of the class names, if it is of as many as the network has
-
-
-def get_network(args, config, sample_blob, given, or_random):
-    """The Network of the command line, converted if need be."""
-    frame_size = sample_blob.shape[3]
-    model, origin = load_network(args.model_name, args.weights, or_random, frame_size)
-    count = run_pytorch(model, sample_blob).shape[1]
-    # class names that were given must fit; the default ones are left out if they don't
-    fit = classification.fit_labels(read_labels(config.classes), given.get("classes"), count)
-    if config.model:
-        onnx_path = Path(config.model)
-        key = get_conversion_key(model, origin, sample_blob.shape)
-        engines = None if is_own(args.model_name) else find_verified(onnx_path, key)
-        if not engines:
-            try:
-                engines = verify(onnx_path, get_references(model, sample_blob))
-            except NetworksDisagree as error:
-                raise NetworksDisagree(f"{onnx_path}: {error}; is it of these --weights?") from None
-            print(f"{onnx_path}: verified")
-    else:
-        onnx_path = get_onnx_path(args.model_name, origin, MODELS_DIR)
-        # what a function of the user's computes is not told by its weights
-        use_cached = not is_own(args.model_name)
-        engines = convert(model, origin, onnx_path, sample_blob, use_cached)
-    return Network(model, origin, onnx_path, engines, config.classes if fit else None)
-
-
 def main():
-    parser = get_parser()
-    args = parser.parse_args()
+    args = get_args()
     if args.list_models:
         return list_models()
-    if args.model_name is None:
-        parser.error("the following arguments are required: --model_name")
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    do_evaluate = not args.test if args.evaluate is None else args.evaluate
-
-    # All that can be wrong with the request is told before torch is imported.
-    frame_size, preset = get_preset(args.model_name, args.weights, args.frame_size)
-    given.setdefault("frame_size", frame_size)
-    config = get_config(TestClsConfig, given)
-    module_config = get_config(TestClsModuleConfig, given)
-    test_preprocessing = get_preprocessing(
-        args.default_img_preprocess, module_config, given, preset
+    config, module_config = (fill_config(c, args) for c in (TestClsConfig, TestClsModuleConfig))
+    picture, data = check_request(args, config, module_config)
+    join_processes()
+    network = in_turn(lambda: get_network(args, data is None or data.bundled))
+    preprocessing, evaluated = get_preprocessings(network, args)
+    converted, classes = in_turn(
+        lambda: get_converted(network, module_config, picture, preprocessing, args)
     )
-    options = get_preprocessing_options(test_preprocessing, module_config)
-    blob_args = classification.parse_args(options)
-    sample_blob = classification.get_blob(read_picture(module_config.input_img), blob_args)
-    read_labels(module_config.classes)
-    if args.test and not Path(module_config.test_module_path).is_file():
-        raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")
-    bundled = True
-    if do_evaluate:
-        preprocessing = get_preprocessing(True, module_config, given, preset)
-        check_frame_size(config, module_config, preprocessing)
-        if args.preprocess == "torchvision":
-            if is_own(args.model_name):
-                raise RequestError(
-                    "--preprocess torchvision is for torchvision's networks: leave it out, and "
-                    "give the preprocessing options"
-                )
-            preprocessing = get_transforms(args.model_name, args.weights)
-            check_transforms(preprocessing, config.frame_size)
-        pictures, root, bundled = get_labelled_pictures(config, given)
-        Path(LOGS_DIR).mkdir(exist_ok=True)
-
-    rank, processes = join_processes()
-    if do_evaluate and bundled:
-        print(f"no {IMAGENET_VAL_DIR} here: evaluating on the {len(pictures)} bundled pictures")
-    network = in_turn(
-        rank, processes, lambda: get_network(args, module_config, sample_blob, given, bundled)
-    )
-    if rank == 0 and not module_config.model:
-        alias = get_alias(args.model_name)
-        add_to_zoo(alias, network.onnx_path, blob_args, network.classes)
-    code = test(network, module_config, options) if args.test and rank == 0 else 0
-    if do_evaluate:
-        get_blob = get_blob_function(preprocessing, config)
-        key = get_conversion_key(network.model, network.origin, sample_blob.shape)
-        key |= get_evaluation_key(args, config, preprocessing, network.onnx_path, pictures, root)
-        evaluate(network, pictures, get_blob, sample_blob, key, args, rank, processes)
+    if get_rank() == 0 and not module_config.model:
+        alias, engine = get_alias(network.name), converted.engines[0]
+        add_to_zoo(alias, converted.path, preprocessing, engine, classes, converted.load_info)
+    code = 0
+    if args.test and get_rank() == 0:
+        code = test(converted, module_config, preprocessing, classes)
+    if args.evaluate:
+        evaluate(network, converted, evaluated, data, config, args)
     return code
 
 

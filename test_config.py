@@ -1,21 +1,21 @@
-"""What py_to_py_cls.py can be told: each field here is also one of its options, of that name."""
+"""The defaults of py_to_py_cls.py: each field is also one of its options, of the same name."""
 
 import os
 from dataclasses import dataclass, field
 
-# Where things are written, seen from the current folder.
+# Output folders, in the current folder.
 MODELS_DIR = "models"
 LOGS_DIR = "logs"
 RESULTS_DIR = "results"
 
-# The bundled pictures; a path that starts here is looked for beside the scripts.
+# The bundled pictures; they are found beside the scripts from any folder.
 CLS_TEST_DATA_DIR = "test_data/cls"
-# The tutorial's place for ImageNet's pictures: where it is missing, the bundled ones are taken.
+# The tutorial's folder of ImageNet's pictures; if it is missing, the bundled ones are taken.
 IMAGENET_VAL_DIR = "./ILSVRC2012_img_val"
 
 
 def option(default, text):
-    """A dataclass field that knows its line in --help."""
+    """A dataclass field with its line in --help."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
@@ -25,10 +25,10 @@ def option(default, text):
 class TestClsConfig:
     """The evaluation of both networks over a labelled set of pictures."""
 
-    __test__ = False  # the name is the tutorial's; for pytest this is no test
+    __test__ = False  # the name is the tutorial's; pytest must not collect it
 
     batch_size: int = option(50, "pictures in one forward pass")
-    frame_size: int = option(224, "width and height of the network's input, px, if not its own")
+    frame_size: int = option(224, "width and height of the blob, px, if not the network's own")
     img_root_dir: str = option(IMAGENET_VAL_DIR, "folder of the labelled pictures")
     img_cls_file: str = option("./val.txt", "their labels: lines of 'name class-ID'")
     bgr_to_rgb: bool = option(True, "the network takes RGB, OpenCV reads BGR")
@@ -36,17 +36,17 @@ class TestClsConfig:
 
 @dataclass
 class TestClsModuleConfig:
-    """Test mode, as the command line of classification.py: hence strings."""
+    """Test mode. Strings, as on the command line of classification.py."""
 
     __test__ = False
 
     cls_test_data_dir: str = option(
         CLS_TEST_DATA_DIR, "folder of the test picture and the class names"
     )
-    test_module_name: str = option("classification", "the end of the result's file name")
+    test_module_name: str = option("classification", "suffix of the result's file name")
     test_module_path: str = option("classification.py", "the script that test mode runs")
     input_img: str = option(os.path.join(CLS_TEST_DATA_DIR, "red_panda.jpg"), "the test picture")
-    model: str = option("", "a converted network (.onnx) to use in place of converting one")
+    model: str = option("", "a converted network (.onnx) to use instead of converting one")
     frame_height: str = option(str(TestClsConfig.frame_size), "height of the blob, px")
     frame_width: str = option(str(TestClsConfig.frame_size), "width of the blob, px")
     scale: str = option("1.0", "blobFromImage's scalefactor")

@@ -6,7 +6,6 @@ OpenCV, and Python with it. That process is this script:
     python verify.py resnet50.onnx new < blobs.npz > logits.npz
 """
 
-import contextlib
 import io
 import os
 import subprocess
@@ -17,20 +16,22 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from classification import ENGINES, RequestError, available, check_model, one_line, run
+from common import (
+    ENGINES,
+    SEED,
+    NetworksDisagree,
+    RequestError,
+    available,
+    check_model,
+    one_line,
+    run,
+)
+from networks import run_pytorch
 
-SEED = 0
-
-# max|a - b| / max|a| over which two networks disagree. Measured for scale: all of torchvision's
+# Networks disagree if max|a - b| / max|a| is above this. For scale: all of torchvision's
 # classifiers, with random weights, stay below 2e-5 on the new engine of OpenCV 5.0.0 and below
 # 5e-5 on the classic one (RESULTS.md).
 MAX_RELATIVE_ERROR = 1e-4
-
-
-class NetworksDisagree(RequestError):
-    """OpenCV doesn't give PyTorch's answer."""
-
-    exit_code = 1
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Difference:
 
     @property
     def agree(self):
-        # "not over" would let nan pass
+        # <= and not "not >", which would let nan pass
         return self.relative <= MAX_RELATIVE_ERROR and self.same_class == self.pictures
 
     def __str__(self):
@@ -74,47 +75,23 @@ def compare(reference, output):
 # --- PyTorch's answer -----------------------------------------------------------------------------
 
 
-def run_pytorch(model, blob, memory_format=None):
-    """PyTorch's logits, (batch, classes), for a float32 blob (batch, 3, height, width)."""
-    import torch
-
-    # a copy: a network that changes its input in place would change OpenCV's as well
-    batch = torch.from_numpy(blob).clone(memory_format=memory_format or torch.contiguous_format)
-    with torch.inference_mode(), failing_network(blob.shape):
-        logits = model(batch)
-    shape = tuple(logits.shape) if torch.is_tensor(logits) else ()
-    if len(shape) != 2 or shape[0] != len(blob) or not shape[1] or logits.dtype != torch.float32:
-        raise RequestError(
-            "not a classifier: its output is no float32 tensor of shape (batch, classes)"
-        )
-    return logits.numpy()
-
-
-@contextlib.contextmanager
-def failing_network(blob_shape):
-    """Whatever a network's own code raises becomes RequestError."""
-    try:
-        yield
-    except Exception as error:
-        height, width = blob_shape[2:]
-        raise RequestError(f"the network takes no {width}x{height} picture: {error}") from None
-
-
 def get_references(model, sample_blob):
-    """[(name, blob, PyTorch's logits)] for the sample, (1, 3, height, width), and a batch of 2.
+    """[(name, blob, PyTorch's logits)] for the picture's blob (1, 3, height, width) and noise.
 
-    Raises RequestError where the logits prove nothing: nan, or hardly another for another
-    picture, so that a network of constants would pass.
+    Raises RequestError if the logits prove nothing: if they are nan, or hardly change from picture
+    to picture, so that a network of constants would pass.
     """
     noise = np.random.default_rng(SEED).standard_normal((2, *sample_blob.shape[1:]))
-    blobs = {"the picture": sample_blob, "a batch of 2": noise.astype(np.float32)}
+    blobs = {"picture": sample_blob, "noise, batch of 2": noise.astype(np.float32)}
     references = [(name, blob, run_pytorch(model, blob)) for name, blob in blobs.items()]
     logits = np.concatenate([logits for _, _, logits in references])
-    # written so that nan and inf are refused as well
-    if not np.ptp(logits, axis=0).max() > MAX_RELATIVE_ERROR * np.abs(logits).max():
+    with np.errstate(invalid="ignore"):  # inf - inf
+        spread = np.ptp(logits, axis=0).max()
+    # > and not "not <=", which would let nan and inf pass
+    if not spread > MAX_RELATIVE_ERROR * np.abs(logits).max():
         raise RequestError(
-            "PyTorch's own outputs are nan, inf, or the same whatever the picture, and prove "
-            "nothing: check the weights and the preprocessing"
+            "PyTorch's own outputs are nan, inf, or the same for every picture, and prove nothing: "
+            "check the weights and the preprocessing, or try --weights random"
         )
     return references
 
@@ -128,23 +105,23 @@ def run_opencv(net, blob):
         net.setInput(blob)
         return net.forward()
     except cv2.error as error:
-        raise NetworksDisagree(f"OpenCV can't run the network: {get_reason(error)}") from None
+        raise NetworksDisagree(f"can't run the network: {get_reason(error)}") from None
 
 
 def get_reason(error):
-    """The last of OpenCV's words of a cv2.error, which can quote another one."""
+    """The last of OpenCV's words in a cv2.error, which can quote another one."""
     return one_line(error).rpartition("error: ")[2].strip("> ")[:200]
 
 
 def run_engine_apart(onnx_path, engine, blobs):
-    """([logits of each blob], seconds of one pass with the first) by a child process.
+    """([logits of each blob], seconds of one pass with the first) from a child process.
 
-    Raises NetworksDisagree where the engine can't run the file, or dies of it.
+    Raises NetworksDisagree if the engine can't run the file, or crashes.
     """
-    command = [sys.executable, __file__, onnx_path, engine]
+    command = [sys.executable, __file__, str(onnx_path), engine]
     child = subprocess.run(command, input=pack(*blobs), capture_output=True)
     if child.returncode < 0:
-        raise NetworksDisagree(f"it dies of the file (signal {-child.returncode})")
+        raise NetworksDisagree(f"crashes (signal {-child.returncode})")
     if child.returncode > 0:
         lines = child.stderr.decode(errors="replace").splitlines()
         reason = lines[-1] if lines else f"exit code {child.returncode}"
@@ -154,9 +131,9 @@ def run_engine_apart(onnx_path, engine, blobs):
 
 
 def answer_blobs(onnx_path, engine):
-    """What the child does: one net for blobs of several batch sizes, as an evaluation has it."""
+    """What the child does: one net for blobs of several batch sizes, as in an evaluation."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what OpenCV prints goes there
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for what OpenCV itself prints
     blobs = unpack(sys.stdin.buffer.read())
     try:
         net = cv2.dnn.readNetFromONNX(onnx_path, available(ENGINES)[engine])
@@ -204,30 +181,37 @@ def verify_engine(onnx_path, engine, references):
     for (name, _, logits), output in zip(references, outputs, strict=True):
         differences.append(compare(logits, output))
         if not differences[-1].agree:
-            raise NetworksDisagree(f"on {name}: {differences[-1]} (limit {MAX_RELATIVE_ERROR:g})")
+            raise NetworksDisagree(
+                f"wrong on {name}: {differences[-1]} (limit {MAX_RELATIVE_ERROR:g})"
+            )
     return differences, seconds
 
 
 def verify(onnx_path, references):
-    """The names of OpenCV's engines that give PyTorch's answer with the file, the fastest first.
+    """OpenCV's engines that give PyTorch's answer with the file, the fastest first.
 
-    Prints how far each is off. Raises NetworksDisagree, with the figures, where none is right.
+    Prints a table, a row for each engine. Raises NetworksDisagree, with the figures, if none is
+    right.
     """
     check_model(onnx_path)
-    seconds, failures = {}, []
+    print(f"verifying with OpenCV {cv2.__version__} ...", flush=True)
+    widths = [max(len(name), 7) + 2 for name, _, _ in references]
+    titles = (f"{name:>{w}}" for (name, _, _), w in zip(references, widths, strict=True))
+    print(f"relative error on{''.join(titles)}  ms per picture", flush=True)
+    seconds, failures = {}, {}
     for engine in (name for name in available(ENGINES) if name != "auto"):
-        title = f"OpenCV {cv2.__version__}, {engine} engine"
         try:
             differences, seconds[engine] = verify_engine(onnx_path, engine, references)
-            for (name, _, _), difference in zip(references, differences, strict=True):
-                print(f"PyTorch against {title}, on {name}: {difference}", flush=True)
+            errors = zip(differences, widths, strict=True)
+            cells = "".join(f"{difference.relative:{width}.1e}" for difference, width in errors)
+            cells += f"{1000 * seconds[engine]:16.1f}"
         except NetworksDisagree as error:
-            print(f"PyTorch against {title}: {error}", flush=True)
-            failures.append(f"{engine} engine: {error}")
+            failures[engine] = str(error)
+            cells = f"  {error}"
+        print(f"{engine + ' engine':17}{cells}", flush=True)
     if not seconds:
-        raise NetworksDisagree(
-            f"OpenCV {cv2.__version__} doesn't give PyTorch's answer: {'; '.join(failures)}"
-        )
+        reasons = "; ".join(f"{engine} engine: {reason}" for engine, reason in failures.items())
+        raise NetworksDisagree(f"OpenCV {cv2.__version__} doesn't give PyTorch's answer: {reasons}")
     return sorted(seconds, key=seconds.get)
 
 

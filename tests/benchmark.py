@@ -4,7 +4,8 @@
 
 classification.py against five lines of cv2 in a process of their own, in turn, as the median of
 the ratios; on a video, against the sum of decoding, blob and forward pass; and py_to_py_cls.py
---test True with cached weights, with and without conversion.
+--test True with cached weights, with and without conversion, the latter against
+classification.py alone.
 """
 
 import os
@@ -24,7 +25,7 @@ from torchvision import models
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from classification import OneLineParser  # noqa: E402
+from common import OneLineParser, read_zoo  # noqa: E402
 
 PICTURE = ROOT / "test_data" / "cls" / "red_panda.jpg"
 RUNS = 15
@@ -46,13 +47,12 @@ cv2.imwrite("result.jpg", image)
 VIDEO_LOOP = """
 import sys, time, cv2
 sys.path.insert(0, sys.argv[3])
-from classification import get_blob, parse_args, read_net
-args = parse_args([])
-net, capture, frames = read_net(args, sys.argv[1]), cv2.VideoCapture(sys.argv[2]), 0
+from classification import TORCHVISION_PREPROCESSING, get_blob, read_onnx
+net, capture, frames = read_onnx(sys.argv[1], sys.argv[4]), cv2.VideoCapture(sys.argv[2]), 0
 read, frame = capture.read()
 start = time.perf_counter()
 while read:
-    net.setInput(get_blob(frame, args))
+    net.setInput(get_blob(frame, TORCHVISION_PREPROCESSING))
     net.forward()
     frames += 1
     read, frame = capture.read()
@@ -86,7 +86,7 @@ def seconds(*command):
 
 
 def main():
-    OneLineParser(__doc__).parse_args()
+    OneLineParser(__doc__, "").parse_args()
     os.environ.pop("DISPLAY", None)
     os.environ.pop("WAYLAND_DISPLAY", None)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,6 +114,10 @@ def main():
         print(f"five lines of cv2:                        {b:.2f} s")
         print(f"ratio:                                    {ratio:.2f}")
 
+        pairs = [(seconds(*test), seconds(*script)) for _ in range(5)]
+        ratio = statistics.median(a / b for a, b in pairs)
+        print(f"test mode, converted before / classification.py: {ratio:.2f}")
+
         squeezenet = ["--model_name", "squeezenet1_0", "--weights", "random", "--evaluate", "no"]
         seconds(ROOT / "py_to_py_cls.py", *squeezenet)
         for network in ("resnet50", "squeezenet1_0-random"):
@@ -121,7 +125,8 @@ def main():
                 write_video("video.mp4", size)
                 path = f"models/{network}.onnx"
                 script = (ROOT / "classification.py", "--input", path, "video.mp4")
-                loop = ("-c", VIDEO_LOOP, path, "video.mp4", ROOT)
+                engine = read_zoo("models/models.yml")[network]["engine"]
+                loop = ("-c", VIDEO_LOOP, path, "video.mp4", ROOT, engine)
                 pairs = [(get_fps(*loop), get_fps(*script)) for _ in range(VIDEO_RUNS)]
                 ratio = statistics.median(a / b for a, b in pairs)
                 fps = statistics.median(b for _, b in pairs)

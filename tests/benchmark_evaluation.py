@@ -45,9 +45,9 @@ def tutorial_loop(name, folder):
     """The tutorial's evaluation as it stands: a picture after the other, then both networks."""
     import torch
 
-    from common import load_network
+    from networks import Weights, load_network
 
-    model = load_network(name, "random")[0]
+    model = load_network(name, Weights("random", "random")).model
     net = cv2.dnn.readNetFromONNX(f"models/{name}-random.onnx")
     mean = np.float32([0.485, 0.456, 0.406])
     std = np.float32([0.229, 0.224, 0.225])
@@ -83,18 +83,17 @@ def run_evaluation(name, folder):
 
 def get_logits(name, folder, engine, number):
     """Both networks' logits as py_to_py_cls.py has them, (2, number, classes)."""
-    from common import load_network
-    from default_preprocess_config import pytorch_resize_input_blob
-    from evaluation import get_tutorial_blob, prepare_pytorch, read_with_engine
-    from test_config import TestClsConfig
+    from common import TORCHVISION_PREPROCESSING, read_onnx, read_picture
+    from evaluation import get_centre_blob, prepare_pytorch
+    from networks import Weights, load_network
     from verify import run_opencv
 
-    names = sorted(os.listdir(folder))[:number]
-    config = TestClsConfig()
-    blobs = [get_tutorial_blob(f"{folder}/{n}", pytorch_resize_input_blob, config) for n in names]
+    paths = [f"{folder}/{n}" for n in sorted(os.listdir(folder))[:number]]
+    blobs = [get_centre_blob(read_picture(path), TORCHVISION_PREPROCESSING) for path in paths]
     blob = np.concatenate(blobs)
-    net = read_with_engine(f"models/{name}-random.onnx", engine)
-    return np.stack([prepare_pytorch(load_network(name, "random")[0])(blob), run_opencv(net, blob)])
+    net = read_onnx(f"models/{name}-random.onnx", engine)
+    model = load_network(name, Weights("random", "random")).model
+    return np.stack([prepare_pytorch(model)(blob), run_opencv(net, blob)])
 
 
 def compare_programs(name, folder, rounds):

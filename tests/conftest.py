@@ -1,11 +1,15 @@
-"""The scripts are run here as a user runs them: a process each, in an empty folder, without a
-display and without network."""
+"""Most tests call a script's main() in the test's process, in an empty folder, without a display
+and without network; the others start a process as a user does."""
 
+import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,6 +46,7 @@ def env(tmp_path):
     """No display, no network (a proxy that refuses), an empty cache of weights."""
     env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
     env["TORCH_HOME"] = str(tmp_path / "torch_home")
+    env["OMP_NUM_THREADS"] = "1"  # torchrun's default: PyTorch rounds the same everywhere
     for scheme in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         env[scheme] = "http://127.0.0.1:9"
     return env
@@ -56,16 +61,56 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def run(folder, env):
-    """run("script.py", options ...): the finished process, its output as text."""
+def start(folder, env):
+    """start("script.py", options ...): the finished process, its output as text."""
 
-    def run(script, *args, **changed_env):
+    def start(script, *args, **changed_env):
         command = [sys.executable, str(ROOT / script), *map(str, args)]
         return subprocess.run(
             command, cwd=folder, env=env | changed_env, capture_output=True, text=True, timeout=300
         )
 
-    return run
+    return start
+
+
+@pytest.fixture
+def run(folder, env, monkeypatch, capfd):
+    """The same in this process, which has imported torch already: exit code and output."""
+    import cv2
+
+    import classification
+    import common
+
+    # the scripts' own folder may hold the models.yml of a user who has tried them
+    monkeypatch.setattr(classification, "__file__", str(folder / "classification.py"))
+    for name in os.environ.keys() - env.keys():
+        monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    urllib.request.install_opener(None)  # which remembers the proxies of its first use
+    monkeypatch.chdir(folder)
+    log_level = cv2.utils.logging.getLogLevel()
+
+    def run(script, *args):
+        module = importlib.import_module(script.removesuffix(".py"))
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
+        modules, path = set(sys.modules), list(sys.path)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            common.run(module.main)
+        out, err = capfd.readouterr()
+        for name in set(sys.modules) - modules:  # the user's own, which a test changes
+            if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
+        sys.path[:] = path
+        return SimpleNamespace(returncode=exit_.value.code or 0, stdout=out, stderr=err)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield run
+    urllib.request.install_opener(None)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    cv2.utils.logging.setLogLevel(log_level)
 
 
 @pytest.fixture
@@ -76,37 +121,26 @@ def free_port():
 
 
 @pytest.fixture(scope="session")
-def resnet18():
-    """A random resnet18 to be treated as if it were trained: seed 1, calibrated."""
+def small():
+    """A seeded network of three layers and 1000 classes, for tests of everything around it."""
     import torch
-    from torchvision import models
+    from torch import nn
 
     torch.manual_seed(1)
-    model = models.resnet18()
-    with torch.no_grad():
-        model.train()(torch.randn(4, 3, 224, 224))
-    return model.eval()
+    layers = [nn.Conv2d(3, 8, 5, 4), nn.ReLU(), nn.Conv2d(8, 12, 3, 2), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 1000)]
+    return nn.Sequential(*layers, *head).eval()
 
 
 @pytest.fixture(scope="session")
-def weights(resnet18, tmp_path_factory):
-    """Its state dict in a file."""
-    import torch
-
-    path = tmp_path_factory.mktemp("weights") / "trained.pth"
-    torch.save(resnet18.state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def model(resnet18, tmp_path_factory):
+def model(small, tmp_path_factory):
     """Its ONNX file, exported without the project's code."""
     import torch
 
-    path = tmp_path_factory.mktemp("model") / "resnet18.onnx"
+    path = tmp_path_factory.mktemp("model") / "small.onnx"
     batch = {0: "batch"}
     torch.onnx.export(
-        resnet18,
+        small,
         torch.zeros(1, 3, 224, 224),
         str(path),
         input_names=["input"],
@@ -118,23 +152,47 @@ def model(resnet18, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def converted(resnet18, weights, tmp_path_factory):
-    """The file that the project makes of it, verified."""
-    import classification
-    from common import convert
+def squeezenet():
+    """A random squeezenet1_1 to be treated as if it were trained: seed 1."""
+    import torch
+    from torchvision import models
 
-    picture = classification.read_picture(PICTURES / "red_panda.jpg")
-    path = tmp_path_factory.mktemp("converted") / "resnet18.onnx"
-    blob = classification.get_blob(picture, classification.parse_args([]))
-    convert(resnet18, str(weights), path, blob)
+    torch.manual_seed(1)
+    return models.squeezenet1_1().eval()
+
+
+@pytest.fixture(scope="session")
+def weights(squeezenet, tmp_path_factory):
+    """Its state dict in a file."""
+    import torch
+
+    path = tmp_path_factory.mktemp("weights") / "trained.pth"
+    torch.save(squeezenet.state_dict(), path)
     return path
 
 
 @pytest.fixture(scope="session")
-def torchvision_logits(resnet18):
-    """logits(path, centre_crop): PyTorch's answer, preprocessed without the project's code.
+def converted(weights, tmp_path_factory):
+    """The file that the project makes of it, verified."""
+    import common
+    from conversion import convert
+    from networks import load_network, parse_weights
+    from verify import get_references
 
-    torchvision's normalisation of a picture that cv2 has read and resized. With centre_crop the
+    network = load_network("squeezenet1_1", parse_weights("squeezenet1_1", str(weights)))
+    path = tmp_path_factory.mktemp("converted") / "squeezenet1_1.onnx"
+    picture = common.read_picture(PICTURES / "red_panda.jpg")
+    blob = common.get_blob(picture, network.preprocessing)
+    convert(network, path, get_references(network.model, blob))
+    common.add_to_zoo("squeezenet1_1", path, network.preprocessing, "new", None)
+    return path
+
+
+@pytest.fixture(scope="session")
+def get_logits():
+    """get_logits(network, path, centre_crop): PyTorch's answer, without the project's code.
+
+    torchvision's normalization of a picture that cv2 has read and resized. With centre_crop the
     middle 224 of 256 pixels, else the whole picture made small, which is what blobFromImage does.
     """
     import cv2
@@ -143,15 +201,15 @@ def torchvision_logits(resnet18):
 
     normalize = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
-    def logits(path, centre_crop):
+    def get_logits(network, path, centre_crop):
         rgb = cv2.imread(str(path))[:, :, ::-1].astype("float32")
         rgb = cv2.resize(rgb, (256, 256))
         rgb = rgb[16:240, 16:240] if centre_crop else cv2.resize(rgb, (224, 224))
         tensor = torch.from_numpy(rgb.copy()).permute(2, 0, 1) / 255
         with torch.no_grad():
-            return resnet18(normalize(tensor)[None])[0].numpy()
+            return network(normalize(tensor)[None])[0].numpy()
 
-    return logits
+    return get_logits
 
 
 def read_answer(text, block=""):

@@ -11,6 +11,7 @@ starts anew.
 import datetime
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,20 +23,24 @@ import cv2
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import classification  # noqa: E402
-from common import export_by_dynamo, export_by_torchscript, load_network, rewrite  # noqa: E402
-from evaluation import get_processor  # noqa: E402
-from py_to_py_cls import get_preset, get_torchvision_names  # noqa: E402
-from verify import (  # noqa: E402
+from common import (  # noqa: E402
     NetworksDisagree,
-    get_references,
-    run_pytorch,
-    time_pass,
-    verify_engine,
+    OneLineParser,
+    RequestError,
+    get_blob,
+    read_picture,
+    run,
+    whole_file,
 )
+from conversion import export_by_dynamo, export_by_torchscript, rewrite  # noqa: E402
+from evaluation import get_processor  # noqa: E402
+from networks import Weights, load_network, run_pytorch  # noqa: E402
+from py_to_py_cls import get_torchvision_names  # noqa: E402
+from verify import get_references, time_pass, verify_engine  # noqa: E402
 
 RECORDS = Path("logs") / "results_table.jsonl"
 TABLE = ROOT / "RESULTS.md"
+CHART = ROOT / "images" / "results.png"
 PICTURE = ROOT / "test_data" / "cls" / "red_panda.jpg"
 EXPORTERS = {"TorchScript": export_by_torchscript, "new": export_by_dynamo}
 ENGINES = ("new", "classic")
@@ -52,13 +57,9 @@ def get_versions():
 
 def measure(name):
     """The record of one network: export, both engines, times."""
-    size, preset = get_preset(name, "random", None)
-    options = ["--width", str(size), "--height", str(size)]
-    options += ["--mean", *preset["mean"], "--std", *preset["std"], "--scale", preset["scale"]]
-    options += ["--crop", "--rgb", "--initial_width", preset["rsz_width"]]
-    args = classification.parse_args([*options, "--initial_height", preset["rsz_height"]])
-    blob = classification.get_blob(classification.read_picture(PICTURE), args)
-    model, _ = load_network(name, "random", frame_size=size)
+    network = load_network(name, Weights("random", "random"))
+    model, size = network.model, network.preprocessing.width
+    blob = get_blob(read_picture(PICTURE), network.preprocessing)
     references = get_references(model, blob)
     record = {"network": name, "input": size, "date": str(datetime.date.today())}
     record |= {
@@ -71,7 +72,7 @@ def measure(name):
             start = time.perf_counter()
             try:
                 export(model, path, blob.shape)
-            except classification.RequestError as error:
+            except RequestError as error:
                 record["failure"] = str(error)
                 continue
             rewrite(path)
@@ -87,7 +88,7 @@ def measure(name):
 
 def measure_engine(path, engine, references):
     try:
-        differences, seconds = verify_engine(str(path), engine, references)
+        differences, seconds = verify_engine(path, engine, references)
     except NetworksDisagree as error:
         return {"failure": str(error)}
     return {
@@ -110,7 +111,7 @@ def read_records():
 def describe_engine(engine):
     """The cells of one engine: relative error, class agreement, ms a picture."""
     if "failure" in engine:
-        for word in ("dies", "can't read", "can't run"):
+        for word in ("crashes", "can't read", "can't run"):
             if word in engine["failure"]:
                 return [word, "", ""]
         return ["wrong", "", ""]
@@ -142,12 +143,12 @@ def get_summary(records):
         f"{len(either)} of {len(records)} networks give PyTorch's answer in OpenCV: "
         f"{len(right['new'])} on the new engine, {len(right['classic'])} on the classic one.",
         f"The largest relative error on the better engine: {errors[worst]:.1e} ({worst}).",
-        f"The classic engine is the faster one for {len(faster)}: {', '.join(faster) or 'none'}.",
+        f"The classic engine is faster for {len(faster)}: {', '.join(faster) or 'none'}.",
     ]
     if large:
         lines.append(
-            f"Over 2 GB, so that the weights lie in a file of their own beside the .onnx, which "
-            f"OpenCV 4 can't read: {', '.join(large)}."
+            "Over 2 GB, with the weights in a second file beside the .onnx, which OpenCV 4 can't "
+            f"read: {', '.join(large)}."
         )
     return lines
 
@@ -166,10 +167,12 @@ def write_table(records):
         "",
         *(f"* {line}" for line in get_summary(records)),
         "",
-        "Random seeded weights, on a photograph and a seeded batch of two: *relative error* is "
-        "max|a - b| / max|a| of the logits, and *class* for how many of the three both name the "
-        "same class. The file takes any batch size; an engine that runs it for one picture and "
-        "not for two counts as one that can't run it. *ms* are of one forward pass with one "
+        f"![OpenCV's time against PyTorch's](images/{CHART.name})",
+        "",
+        "Seeded random weights, on a photograph and a seeded batch of two. *relative error* is "
+        "max|a - b| / max|a| of the logits; *class* is how many of the three pictures get the same "
+        "class from both. The file takes any batch size; an engine that runs it for one picture "
+        "but not for two counts as one that can't run it. *ms* is one forward pass with one "
         "picture, the least of several.",
         "",
         "| network | input | export, s | file, MB | new engine: relative error | class | ms | "
@@ -189,18 +192,57 @@ def write_table(records):
             if "failure" in record["engines"][engine]:
                 text = f"{engine} engine: {record['engines'][engine]['failure']}"
                 failures.setdefault(text, []).append(record["network"])
-    lines += ["", "What the engines that fail say:", ""]
+    lines += ["", "What the failing engines say:", ""]
     lines += [f"* {', '.join(names)}: {text}" for text, names in failures.items()]
     others = [r["network"] for r in records if r["exporter"] != "TorchScript"]
     if others:
         lines += ["", f"Exported by PyTorch's new exporter: {', '.join(others)}."]
-    with classification.whole_file(TABLE) as part:
+    draw_chart(records)
+    with whole_file(TABLE) as part:
         part.write_text("\n".join([*lines, ""]), "utf-8")
     print(*get_summary(records), f"written: {TABLE}", sep="\n")
 
 
+def draw_chart(records):
+    """OpenCV's time, on the faster engine that is right, against PyTorch's: a family, a marker."""
+    # Figure, not pyplot: it needs no display and no choice of a backend
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 6), layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log", aspect="equal")
+    axes.set_xlabel("PyTorch, ms per picture", fontsize=12)
+    axes.set_ylabel("OpenCV, ms per picture", fontsize=12)
+    families = {}
+    for record in records:
+        times = [e["ms"] for e in record["engines"].values() if "ms" in e]
+        if times:
+            family = re.match(r"wide_resnet|efficientnet_v2|[a-z]+", record["network"]).group()
+            families.setdefault(family, []).append((record["pytorch_ms"], min(times)))
+    for number, (family, points) in enumerate(families.items()):
+        marker = "os^D"[number // 10 % 4]
+        axes.plot(
+            *zip(*points, strict=True),
+            marker,
+            color=f"C{number % 10}",
+            label=family,
+            markeredgecolor="white",
+        )
+    limits = [f(v for p in families.values() for xy in p for v in xy) for f in (min, max)]
+    limits = [limits[0] / 1.3, limits[1] * 1.3]
+    axes.plot(limits, limits, "--", color="grey", linewidth=1, zorder=0)
+    axes.set(xlim=limits, ylim=limits)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.text(0.97, 0.03, "OpenCV is faster", transform=axes.transAxes, ha="right", fontsize=12)
+    axes.text(0.03, 0.95, "PyTorch is faster", transform=axes.transAxes, fontsize=12)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=11, frameon=False)
+    with whole_file(CHART) as part:
+        figure.savefig(part, dpi=120, format="png")
+
+
 def main():
-    parser = classification.OneLineParser(__doc__)
+    parser = OneLineParser(__doc__, "[NAME ...]")
     parser.add_argument("names", nargs="*", metavar="NAME", help="networks (default: all)")
     parser.add_argument("--one", metavar="NAME", help="only print what is measured of this one")
     args = parser.parse_args()
@@ -230,4 +272,4 @@ def main():
 
 
 if __name__ == "__main__":
-    classification.run(main)
+    run(main)

@@ -21,7 +21,7 @@ def cut(source, target, size):
 
 
 @pytest.mark.parametrize(
-    "size, words", [(None, "no such file"), (0, "empty"), (100, "cut short"), (60_000, "cut short")]
+    "size, words", [(None, "no such file"), (0, "empty"), (100, "truncated"), (60_000, "truncated")]
 )
 def test_picture(run, model, folder, size, words):
     if size is not None:
@@ -31,7 +31,7 @@ def test_picture(run, model, folder, size, words):
     check_nothing_written(folder, *([] if size is None else ["koala.jpg"]))
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "tif", "gif"])
+@pytest.mark.parametrize("suffix", ["bmp", "webp", "tif", "gif"])
 def test_picture_of_another_format_cut_short(run, model, folder, suffix):
     import cv2
 
@@ -45,22 +45,24 @@ def test_picture_of_another_format_cut_short(run, model, folder, suffix):
 def test_no_picture_at_all(run, model, folder):
     (folder / "note.txt").write_text("no picture\n")
     (folder / "empty").mkdir()
-    check_one_line(run("classification.py", "--input", model, "note.txt"), "note.txt", "neither")
+    check_one_line(
+        run("classification.py", "--input", model, "note.txt"), "note.txt", "not a picture"
+    )
     check_one_line(run("classification.py", "--input", model, "empty"), "empty", "no picture")
 
 
-@pytest.mark.parametrize("size", [None, 0, 3000, 1_000_000])
+@pytest.mark.parametrize("size", [None, 0, 300, 30_000])
 def test_model(run, model, folder, size):
     if size is not None:
         cut(model, folder / "net.onnx", size)
     result = run("classification.py", "--input", "net.onnx", KOALA)
-    check_one_line(result, "net.onnx", "no such file" if size is None else "cut short")
+    check_one_line(result, "net.onnx", "no such file" if size is None else "truncated")
 
 
 @pytest.mark.parametrize("name", ["page.jpg", "page.png"])
 def test_no_picture_but_named_like_one(run, model, folder, name):
     (folder / name).write_text("<html>404</html>")
-    check_one_line(run("classification.py", "--input", model, name), name, "no picture")
+    check_one_line(run("classification.py", "--input", model, name), name, "not a picture")
 
 
 def test_no_model_and_two_models(run, model):
@@ -102,7 +104,7 @@ def test_options(run, model, options, words):
     check_one_line(result, words)
 
 
-def test_wrong_size_for_the_network(run, folder, model, resnet18):
+def test_wrong_size_for_the_network(run, folder):
     """A network with a fixed input size."""
     import torch
 
@@ -143,7 +145,7 @@ def test_file_name_that_is_no_utf8(run, model, folder):
 
     shutil.copy(KOALA, os.fsencode(folder) + b"/bad\xff.jpg")
     result = run("classification.py", "--input", model, os.fsdecode(b"bad\xff.jpg"))
-    check_one_line(result, "rename the file")
+    check_one_line(result, "rename it")
 
 
 @pytest.mark.parametrize("suffix", ["pgm", "ppm", "bmp", "webp", "tif", "gif"])
@@ -163,7 +165,7 @@ def test_thin_picture(run, model, folder):
 
     cv2.imwrite(str(folder / "thin.jpg"), np.full((3000, 1, 3), 99, np.uint8))
     assert run("classification.py", "--input", model, "thin.jpg").returncode == 0
-    result = cv2.imread(str(folder / "results" / "thin_resnet18.jpg"))
+    result = cv2.imread(str(folder / "results" / "thin_small.jpg"))
     assert result.shape == (3000, 320, 3)
 
 
@@ -174,19 +176,11 @@ def test_sizes_that_no_memory_holds(run, model):
 
 def test_output_that_cannot_be_written(run, model, folder):
     (folder / "results").write_text("a file where the folder should be")
-    check_one_line(run("classification.py", "--input", model, KOALA), "results", "can't be written")
+    check_one_line(run("classification.py", "--input", model, KOALA), "results", "File exists")
     check_nothing_written(folder, "results")
     options = ["--input", model, KOALA, "--output"]
     check_one_line(run("classification.py", *options, "a.xyz"), "a.xyz")
-    check_one_line(run("classification.py", *options, "/dev/full/a.png"), "/dev/full/a.png")
-
-
-def test_two_results_of_one_name(run, model, folder):
-    for name in ("a", "b"):
-        (folder / name).mkdir()
-        shutil.copy(KOALA, folder / name / "koala.jpg")
-    result = run("classification.py", "--input", model, "a/koala.jpg", "b/koala.jpg")
-    check_one_line(result, "results/koala_resnet18.jpg")
+    check_one_line(run("classification.py", *options, "/dev/full/a.png"), "/dev/full")
 
 
 # --- py_to_py_cls.py: before torch is imported ----------------------------------------------
@@ -205,7 +199,10 @@ def test_unknown_network(run, name, near):
         ("--model_nmae resnet18", "--model_nmae"),
         ("--test perhaps", "'perhaps'"),
         ("--batch_size 0", "--batch_size"),
-        ("--frame_size 300", "--frame_size 300"),
+        (
+            "--weights random --rsz_width 200 --rsz_height 200",
+            "--rsz_width 200 is less than --frame_size 224",
+        ),
         ("--test True --mean 1 2", "--mean"),
         ("--test True --std 0 1 1", "--std"),
         ("--test True --crop perhaps", "'perhaps'"),
@@ -215,14 +212,15 @@ def test_unknown_network(run, name, near):
         ("--mean 1 2 nan", "'nan'"),
         ("--test True --input_img nope.jpg", "nope.jpg"),
         ("--img_root_dir nope", "nope"),
-        ("--img_root_dir .", "neither pictures nor folders"),
+        ("--img_root_dir .", "no pictures and no folders"),
         ("--img_cls_file nope.txt", "ILSVRC2012_img_val"),
     ],
 )
 def test_request(run, folder, options, words):
-    name = [] if "model_n" in options else ["--model_name", "resnet18"]
+    name = [] if "model_n" in options else ["--model_name", "squeezenet1_1"]
     check_one_line(run("py_to_py_cls.py", *name, *options.split()), words)
-    check_nothing_written(folder)
+    if "--rsz" not in options:  # the network's own frame size is known once it is loaded
+        check_nothing_written(folder)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +250,7 @@ def test_empty_option(run):
 
 def test_class_id_out_of_range(run, folder, weights, converted):
     (folder / "val.txt").write_text("koala.jpg 1000\n")
-    options = ["--model_name", "resnet18", "--img_root_dir", PICTURES, "--weights", weights]
+    options = ["--model_name", "squeezenet1_1", "--img_root_dir", PICTURES, "--weights", weights]
     result = run("py_to_py_cls.py", *options, "--model", converted)
     check_one_line(result, "koala.jpg", "1000", "999")
     assert list((folder / "logs").iterdir()) == []
@@ -266,16 +264,16 @@ def test_size_that_the_network_cannot_take(run):
 
 
 def test_size_that_fails_in_the_network():
-    from classification import RequestError
-    from common import load_network
+    from common import RequestError
+    from networks import Weights, load_network
 
-    with pytest.raises(RequestError, match="takes no 200x200 picture"):
-        load_network("maxvit_t", "random", frame_size=200)
+    with pytest.raises(RequestError, match="can't take a 200x200 picture"):
+        load_network("maxvit_t", Weights("random", "random"), frame_size=200)
 
 
 def test_folder_that_cannot_be_written(run, folder, weights):
     (folder / "models").write_text("a file where the folder should be")
-    options = ["--model_name", "resnet18", "--weights", weights, "--evaluate", "False"]
+    options = ["--model_name", "squeezenet1_1", "--weights", weights, "--evaluate", "False"]
     check_one_line(run("py_to_py_cls.py", *options), "models")
 
 

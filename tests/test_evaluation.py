@@ -46,12 +46,19 @@ def command(data, weights, converted):
     From the class folders, while `whole` is from the label file: so each test that compares the
     two shows as well that the folders in sorted order are the classes 0, 1, 2 ...
     """
-    options = ["--model_name", "resnet18", "--weights", str(weights), "--model", str(converted)]
+    options = [
+        "--model_name",
+        "squeezenet1_1",
+        "--weights",
+        str(weights),
+        "--model",
+        str(converted),
+    ]
     options += ["--img_root_dir", str(data / "folders"), "--batch_size", "4", "--engine", "new"]
     return [sys.executable, CLS, *options]
 
 
-def read_figures(folder, name="resnet18_summary.json"):
+def read_figures(folder, name="squeezenet1_1_summary.json"):
     """The figures that must not depend on how the run went."""
     summary = json.loads((folder / "logs" / name).read_text())
     times = ("ms_mean", "ms_median", "ms_p95")
@@ -69,63 +76,61 @@ def whole(tmp_path_factory, data, weights, converted):
     """Figures of a run that was never stopped, from the label file; made by one worker for all."""
     folder = tmp_path_factory.getbasetemp().parent / "whole"
     with FileLock(f"{folder}.lock"):
-        if not (folder / "logs" / "resnet18_summary.json").exists():
+        if not (folder / "logs" / "squeezenet1_1_summary.json").exists():
             folder.mkdir(exist_ok=True)
-            options = ["--model_name", "resnet18", "--weights", weights, "--model", converted]
+            options = ["--model_name", "squeezenet1_1", "--weights", weights, "--model", converted]
             options += ["--img_root_dir", data / "folders", "--img_cls_file", data / "labels.txt"]
             options += ["--batch_size", "4", "--engine", "new"]
-            subprocess.run([sys.executable, CLS, *map(str, options)], cwd=folder, check=True)
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            command = [sys.executable, CLS, *map(str, options)]
+            subprocess.run(command, cwd=folder, check=True, env=env)
     assert sorted(p.name for p in (folder / "logs").iterdir()) == [
-        "resnet18_log.txt",
-        "resnet18_summary.json",
-        "resnet18_time.png",
+        "squeezenet1_1_log.txt",
+        "squeezenet1_1_summary.json",
+        "squeezenet1_1_time.png",
     ]
     return read_figures(folder)
 
 
-def test_evaluation_is_right(run, folder, weights, torchvision_logits):
+def test_evaluation_is_right(run, folder, weights, squeezenet, get_logits):
     """Accuracy against labels chosen so that it is neither 0 nor 100, counted here by itself."""
     lines, top1, top5 = [], 0, 0
     for number, (name, _) in enumerate(LABELLED):
-        order = np.argsort(-torchvision_logits(PICTURES / name, centre_crop=True))
+        order = np.argsort(-get_logits(squeezenet, PICTURES / name, centre_crop=True))
         rank = (0, 3, 7)[number % 3]
         top1, top5 = top1 + (rank < 1), top5 + (rank < 5)
         lines.append(f"{name} {order[rank]}\n")
     (folder / "labels.txt").write_text("".join(lines))
     shutil.copy(weights, folder / "own.pth")
-    options = ["--model_name", "resnet18", "--weights", "own.pth", "--batch_size", "5"]
+    options = ["--model_name", "squeezenet1_1", "--weights", "own.pth", "--batch_size", "5"]
     options += ["--img_root_dir", PICTURES, "--img_cls_file", "labels.txt"]
     result = run("py_to_py_cls.py", *options)
     assert result.returncode == 0, result.stderr
-    accuracy = f"* accuracy: top-1 {100 * top1 / 12:.2f} %, top-5 {100 * top5 / 12:.2f} %"
-    assert result.stdout.count(accuracy) == 2
+    log = (folder / "logs" / "squeezenet1_1-own_log.txt").read_text()
+    for k, right in ((1, top1), (5, top5)):
+        figure = f" +{100 * right / 12:.2f}"
+        for text in (result.stdout, log):
+            assert len(re.findall(rf"^top-{k} accuracy, %{figure}{figure}$", text, re.M)) == 1
     assert "same class 12 of 12" in result.stdout
-    log = (folder / "logs" / "resnet18-own_log.txt").read_text()
-    assert log.count(accuracy) == 2
     done = re.findall(r"^(\d+) Accuracy for PyTorch", log, re.M)
     assert done == ["5", "10", "12"]
     l1, l_inf = map(float, re.findall(r"L1 (\S+), L_inf (\S+),", log)[-1])
     assert 0 < l1 <= l_inf < 1e-3
-    chart = cv2.imread(str(folder / "logs" / "resnet18-own_time.png"))
+    chart = cv2.imread(str(folder / "logs" / "squeezenet1_1-own_time.png"))
     assert chart.shape[0] > 400 and chart.std() > 10
-    summary = json.loads((folder / "logs" / "resnet18-own_summary.json").read_text())
+    summary = json.loads((folder / "logs" / "squeezenet1_1-own_summary.json").read_text())
     for network in ("PyTorch", f"OpenCV {cv2.__version__}"):
         assert summary[network]["top1"] == 100 * top1 / 12
         assert summary[network]["ms_median"] <= summary[network]["ms_p95"]
-    state = hashlib.sha256()
-    for name, tensor in torch.load(weights).items():
-        state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        state.update(tensor.numpy())
-    assert summary["weights_sha256"] == state.hexdigest()
+    assert summary["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def test_evaluation_blob_is_torchvisions(folder):
     """The true centre crop: torchvision's own transforms on the same resized picture."""
     from torchvision.transforms import v2
 
-    import evaluation
-    from default_preprocess_config import pytorch_resize_input_blob
-    from test_config import TestClsConfig
+    from classification import TORCHVISION_PREPROCESSING
+    from evaluation import get_centre_blob
 
     path = PICTURES / "koala.jpg"
     rgb = cv2.resize(cv2.imread(str(path))[:, :, ::-1].astype(np.float32), (256, 256)) / 255
@@ -133,7 +138,7 @@ def test_evaluation_blob_is_torchvisions(folder):
         [v2.CenterCrop(224), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
     )
     expected = transforms(torch.from_numpy(rgb).permute(2, 0, 1))[None].numpy()
-    blob = evaluation.get_tutorial_blob(path, pytorch_resize_input_blob, TestClsConfig())
+    blob = get_centre_blob(cv2.imread(str(path)), TORCHVISION_PREPROCESSING)
     assert blob.dtype == np.float32
     assert np.abs(blob - expected).max() < 1e-5
 
@@ -143,19 +148,18 @@ def test_preprocess_of_the_weights(data):
     from PIL import Image
     from torchvision import models
 
-    import evaluation
-    from py_to_py_cls import get_transforms
+    from evaluation import get_published, get_torchvision_blob
+    from networks import Network, Weights, get_transforms
 
-    transforms = get_transforms("resnet50", "IMAGENET1K_V2")
+    transforms = get_transforms("resnet50", Weights("torchvision", "IMAGENET1K_V2"))
     path = PICTURES / "koala.jpg"
     expected = models.ResNet50_Weights.IMAGENET1K_V2.transforms()(Image.open(path))[None].numpy()
-    blob = evaluation.get_torchvision_blob(path, transforms)
+    blob = get_torchvision_blob(cv2.imread(str(path)), transforms)
     assert blob.shape == (1, 3, 224, 224)
     assert np.abs(blob - expected).mean() < 0.02
-    assert evaluation.get_published("IMAGENET1K_V1", "resnet50") == {
-        "acc@1": 76.13,
-        "acc@5": 92.862,
-    }
+    network = Network("resnet50", Weights("torchvision", "IMAGENET1K_V1"), None)
+    assert get_published(network) == {"acc@1": 76.13, "acc@5": 92.862}
+    assert get_published(Network("resnet50", Weights("random", "random"), None)) == {}
 
 
 def test_pictures_that_cannot_be_read(run, folder, weights, converted):
@@ -166,12 +170,12 @@ def test_pictures_that_cannot_be_read(run, folder, weights, converted):
     names = [name for name, _ in LABELLED[:4]] + ["cut.jpg", "missing.jpg"]
     (folder / "val.txt").write_text("".join(f"{name} 1\n\n" for name in names))
     options = ["--weights", weights, "--model", converted, "--img_root_dir", ".", "--batch_size", 2]
-    result = run("py_to_py_cls.py", "--model_name", "resnet18", *options)
+    result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options)
     check_one_line(result, "2 of 6 pictures", code=1)
-    log = (folder / "logs" / "resnet18_log.txt").read_text()
+    log = (folder / "logs" / "squeezenet1_1_log.txt").read_text()
     for text in (result.stdout, log):
         assert "skipped: 2 pictures" in text
-        assert "cut.jpg: cut short" in text and "missing.jpg: No such file" in text
+        assert "cut.jpg: truncated" in text and "missing.jpg: No such file" in text
     assert read_figures(folder)["read"] == 4
 
 
@@ -201,7 +205,7 @@ def test_odd_pictures(run, folder, weights, converted):
     assert len(names) == 7
     (folder / "val.txt").write_text("".join(f"{name} 1\n" for name in names))
     options = ["--weights", weights, "--model", converted, "--img_root_dir", "."]
-    result = run("py_to_py_cls.py", "--model_name", "resnet18", *options)
+    result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options)
     assert result.returncode == 0, result.stderr
     assert "same class 7 of 7" in result.stdout
 
@@ -237,7 +241,7 @@ def test_killed_at_several_points(folder, env, command, whole):
     first = count_batches(folder)
     stop_after(start(command, folder, env), folder, first + 2, signal.SIGKILL)
     assert 4 <= count_batches(folder) < 10
-    assert not (folder / "logs" / "resnet18_summary.json").exists()
+    assert not (folder / "logs" / "squeezenet1_1_summary.json").exists()
     (state,) = folder.glob("logs/*.state")
     with open(state, "a") as file:
         file.write('{"batch": 9, "pict')
@@ -255,7 +259,9 @@ def test_ctrl_c(folder, env, command):
     stdout, stderr = stop_after(process, folder, 2, signal.SIGINT)
     assert process.returncode == 130
     assert stderr.splitlines() == ["py_to_py_cls.py: stopped by Ctrl-C"]
-    assert "PARTIAL" in stdout and "PARTIAL" in (folder / "logs" / "resnet18_log.txt").read_text()
+    assert (
+        "PARTIAL" in stdout and "PARTIAL" in (folder / "logs" / "squeezenet1_1_log.txt").read_text()
+    )
     assert read_figures(folder)["partial"]
 
 
@@ -342,7 +348,7 @@ def test_a_rank_that_dies_ends_the_run(folder, env, command, whole):
     os.kill(int(ranks[-1]), signal.SIGKILL)
     agent.communicate(timeout=120)
     assert agent.returncode != 0
-    assert not (folder / "logs" / "resnet18_summary.json").exists()
+    assert not (folder / "logs" / "squeezenet1_1_summary.json").exists()
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert "going on after" in result.stdout
     assert read_figures(folder) == whole
@@ -351,12 +357,12 @@ def test_a_rank_that_dies_ends_the_run(folder, env, command, whole):
 @pytest.mark.slow
 def test_results_that_cannot_be_written_under_torchrun(folder, env, command, whole):
     """The states of all processes are kept."""
-    (folder / "logs" / "resnet18_log.txt").mkdir(parents=True)
+    (folder / "logs" / "squeezenet1_1_log.txt").mkdir(parents=True)
     torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *command[1:]]
     result = subprocess.run(torchrun, cwd=folder, env=env, capture_output=True, text=True)
-    assert result.returncode != 0 and "resnet18_log.txt: can't be written" in result.stderr
+    assert result.returncode != 0 and "squeezenet1_1_log.txt: can't be written" in result.stderr
     assert count_batches(folder) == 10
-    (folder / "logs" / "resnet18_log.txt").rmdir()
+    (folder / "logs" / "squeezenet1_1_log.txt").rmdir()
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert "going on after 40 of 40 pictures" in result.stdout
     assert read_figures(folder) == whole

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from common import convert, load_network
+from conversion import convert
+from networks import Weights, load_network
+from verify import get_references
 
-# The size of the pictures: their own where they take no other, else one that takes less time.
+# The size of the pictures: their own if they take no other, else one that takes less time.
 FAMILIES = {
     "alexnet": 224,
     "convnext_tiny": 96,
@@ -32,10 +34,23 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name, size", FAMILIES.items())
+LARGE = {
+    "alexnet", "convnext_tiny", "efficientnet_v2_s", "maxvit_t", "swin_t", "swin_v2_t", "vgg11",
+    "vit_b_32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        pytest.param(name, size, marks=[pytest.mark.slow] if name in LARGE else [])
+        for name, size in FAMILIES.items()
+    ],
+)
 def test_family(tmp_path, name, size):
     """The random network answers each picture differently, and OpenCV answers the same."""
-    model, origin = load_network(name, "random", frame_size=size)
+    network = load_network(name, Weights("random", "random"), size)
+    model = network.model
     generator = np.random.default_rng(5)
     blob = generator.standard_normal((3, 3, size, size)).astype(np.float32)
     with torch.no_grad():
@@ -45,7 +60,7 @@ def test_family(tmp_path, name, size):
     assert 1e-3 < np.abs(expected).max() < 1e3
 
     path = tmp_path / f"{name}.onnx"
-    engines = convert(model, origin, path, blob[:1])
+    engines = convert(network, path, get_references(model, blob[:1])).engines
     net = cv2.dnn.readNetFromONNX(str(path), getattr(cv2.dnn, f"ENGINE_{engines[0].upper()}"))
     for batch in (1, 3, 2):
         net.setInput(blob[:batch])

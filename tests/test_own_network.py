@@ -1,5 +1,7 @@
 """The user's own weights, and the user's own architecture."""
 
+import argparse
+import pathlib
 import re
 
 import cv2
@@ -9,9 +11,17 @@ import torch
 from conftest import PICTURES, check_one_line, read_answer
 from torchvision import models
 
-from classification import RequestError
-from common import build_network, load_network, load_weights
-from verify import NetworksDisagree, get_references, verify
+from common import NetworksDisagree, Preprocessing, RequestError
+from networks import (
+    Weights,
+    build_network,
+    get_preprocessing,
+    load_network,
+    load_weights,
+    parse_weights,
+    scale_frame,
+)
+from verify import get_references, verify
 
 KOALA = PICTURES / "koala.jpg"
 
@@ -39,6 +49,13 @@ def test_own_weights_and_labels(run, folder, seven):
     (folder / "my_labels.txt").write_text("a\nb\nc\nd\ne\nf\ng\n")
     options = ["--model_name", "squeezenet1_1", "--weights", "my.pth", "--test", "True"]
     options += ["--input_img", KOALA]
+
+    # labels that don't fit are reported before the network is converted
+    (folder / "six.txt").write_text("a\nb\nc\nd\ne\nf\n")
+    result = run("py_to_py_cls.py", *options, "--classes", "six.txt")
+    check_one_line(result, "six.txt", "6 lines", "7 outputs")
+    assert not (folder / "models").exists()
+
     result = run("py_to_py_cls.py", *options, "--classes", "my_labels.txt")
     assert result.returncode == 0, result.stderr
     logits = classify(seven, KOALA, [123.675, 116.28, 103.53], [0.229, 0.224, 0.225])
@@ -50,21 +67,115 @@ def test_own_weights_and_labels(run, folder, seven):
     assert read_answer(again.stdout) == read_answer(result.stdout)
     assert f"label: {'abcdefg'[logits.argmax()]}" in again.stdout
 
-    # labels that don't fit are told before the network is converted
-    (folder / "six.txt").write_text("a\nb\nc\nd\ne\nf\n")
-    result = run("py_to_py_cls.py", *options, "--classes", "six.txt")
-    check_one_line(result, "six.txt", "6 lines", "7 outputs")
 
-
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-@pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict"])
-def test_wrapped_checkpoints(tmp_path, seven, prefix, key):
-    state = {prefix + name: value for name, value in seven.state_dict().items()}
-    torch.save(state if key is None else {"epoch": 3, key: state}, tmp_path / "my.pth")
-    model = load_weights("squeezenet1_1", tmp_path / "my.pth")
+def check_loaded(path, seven):
+    """The file gives squeezenet1_1 the answers of `seven`."""
+    model = load_weights("squeezenet1_1", path)
     batch = torch.randn(2, 3, 96, 96, generator=torch.manual_seed(5))
     with torch.no_grad():
         assert torch.equal(model(batch), seven(batch))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "net."])
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict", "net"])
+def test_wrapped_checkpoints(tmp_path, seven, prefix, key):
+    state = {prefix + name: value for name, value in seven.state_dict().items()}
+    torch.save(state if key is None else {"epoch": 3, key: state}, tmp_path / "my.pth")
+    check_loaded(tmp_path / "my.pth", seven)
+
+
+def averaged(model):
+    """The state dict of the average that an EMA keeps: another model, so another answer."""
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter += 0.1
+    return average.state_dict()
+
+
+def prefixed(model, prefix):
+    return {prefix + name: value for name, value in model.state_dict().items()}
+
+
+def reference_script(model):
+    """What torchvision's references/classification/train.py saves, with --model-ema."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # without a gradient the weights stay, and the optimizer has a state
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 30)
+    args = argparse.Namespace(lr=0.1, output_dir=".", data_path=pathlib.Path("/data"), amp=None)
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+        "epoch": 3,
+        "args": args,
+        "model_ema": averaged(model),
+        "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 0},
+    }
+
+
+def lightning(model, prefix):
+    """What a LightningModule with the network as an attribute saves."""
+    return {
+        "epoch": 3,
+        "global_step": np.int64(1200),
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": prefixed(model, prefix),
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.9), "dirpath": "."}},
+        "optimizer_states": [],
+        "hyper_parameters": {"lr": 0.1},
+    }
+
+
+CHECKPOINTS = {
+    "torchvision's reference script": reference_script,
+    "Lightning, model": lambda m: lightning(m, "model."),
+    "Lightning, net": lambda m: lightning(m, "net."),
+    "Lightning, compiled": lambda m: lightning(m, "model._orig_mod."),
+    "EMA": lambda m: {"epoch": 3, "model_ema": m.state_dict()},
+    "EMA of AveragedModel": lambda m: {
+        "model_ema": torch.optim.swa_utils.AveragedModel(m).state_dict()
+    },
+    "AveragedModel": lambda m: torch.optim.swa_utils.AveragedModel(m).state_dict(),
+    "net and accuracy": lambda m: {"net": prefixed(m, "module."), "acc": 93.1, "epoch": 5},
+    "NumPy scalars": lambda m: {
+        "acc": np.float64(93.1), "loss": np.float32(0.5), "epoch": np.int64(5),
+        "best": np.bool_(True), "state_dict": m.state_dict(),
+    },
+    "paths": lambda m: {
+        "from": pathlib.Path("runs/1"), "at": pathlib.PureWindowsPath("C:/x"), "net": m.state_dict()
+    },
+    "options": lambda m: {
+        "opt": argparse.Namespace(out=pathlib.Path("x"), inner=argparse.Namespace(b=np.float64(1))),
+        "net": m.state_dict(),
+    },
+    "another network first": lambda m: {
+        "teacher": torch.nn.Linear(2, 2).state_dict(), "student": m.state_dict()
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoints_of_training_scripts(tmp_path, seven, kind):
+    """Each has the weights somewhere among other things."""
+    path = tmp_path / "my.pth"
+    torch.save(CHECKPOINTS[kind](seven), path)
+    check_loaded(path, seven)
+    torch.save(CHECKPOINTS[kind](seven), path, _use_new_zipfile_serialization=False)
+    check_loaded(path, seven)
+
+
+def test_which_of_two_weights_is_taken_is_said(tmp_path, seven, capsys):
+    path = tmp_path / "my.pth"
+    torch.save(reference_script(seven), path)
+    load_weights("squeezenet1_1", path)
+    assert f"{path}: weights in 'model' and 'model_ema': taking 'model'" in capsys.readouterr().out
+    torch.save({"state_dict": seven.state_dict()}, path)
+    load_weights("squeezenet1_1", path)
+    assert capsys.readouterr().out == ""
 
 
 def test_another_architecture_names_the_keys(tmp_path, seven):
@@ -77,7 +188,15 @@ def test_another_architecture_names_the_keys(tmp_path, seven):
 
 @pytest.mark.parametrize("kind", ["as PyTorch saves it", "as torchvision 0.2 saved it"])
 @pytest.mark.parametrize(
-    "name", ["mobilenet_v2", "vit_b_32", "swin_t", "densenet121", "mnasnet0_5", "regnet_y_400mf"]
+    "name",
+    [
+        "mobilenet_v2",
+        pytest.param("vit_b_32", marks=pytest.mark.slow),
+        "swin_t",
+        "densenet121",
+        "mnasnet0_5",
+        "regnet_y_400mf",
+    ],
 )
 def test_the_head_is_sized_from_the_file(tmp_path, name, kind):
     """Of each architecture that torchvision builds or loads in a way of its own."""
@@ -104,7 +223,8 @@ def test_inception_that_was_trained_from_torchvisions(tmp_path, capsys):
     assert any(key.startswith("AuxLogits.") for key in state)
     state = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in state.items()}
     torch.save(state, tmp_path / "my.pth")
-    model, _ = load_network("inception_v3", str(tmp_path / "my.pth"))
+    weights = parse_weights("inception_v3", str(tmp_path / "my.pth"))
+    model = load_network("inception_v3", weights).model
     assert model.transform_input and model.AuxLogits is None and model.fc.out_features == 5
     assert "transform_input=True" in capsys.readouterr().err
 
@@ -154,6 +274,29 @@ class Double(Net):
 def stop():
     raise SystemExit(0)
 
+class Leaving(Net):
+    def forward(self, x):
+        raise SystemExit(0)
+
+class LeavingLater(Net):
+    """Ends the process when it is exported."""
+    def forward(self, x):
+        if torch.onnx.is_in_onnx_export():
+            raise SystemExit(0)
+        return super().forward(x)
+
+class Timm(Net):
+    pretrained_cfg = {
+        "input_size": (3, 48, 56), "mean": (0.5, 0.25, 0.75), "std": (0.5, 0.2, 0.1),
+        "crop_pct": 0.875, "interpolation": "bicubic",
+    }
+
+class OlderTimm(Net):
+    default_cfg = {"input_size": (3, 64, 64), "mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0)}
+
+class HalfTimm(Net):
+    pretrained_cfg = {"input_size": (3, 64, 64)}
+
 class Blind(Net):
     """Never looks at the picture."""
     def forward(self, x):
@@ -168,6 +311,7 @@ def test_own_architecture(run, folder):
     options += ["--std", "0.5", "0.5", "0.5", "--test", "True", "--input_img", KOALA]
     result = run("py_to_py_cls.py", *options)
     assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
     namespace = {}
     exec(MY_MODULE, namespace)
     logits = classify(namespace["Net"](), KOALA, [10, 20, 30], [0.5, 0.5, 0.5], 56, 64)
@@ -182,6 +326,72 @@ def test_own_architecture(run, folder):
     result = run("py_to_py_cls.py", *options)
     assert "converted and verified before" not in result.stdout
     assert read_answer(result.stdout) != answer
+
+
+@pytest.mark.parametrize("name", ["Leaving", "LeavingLater"])
+def test_own_architecture_that_ends_the_process(run, folder, name):
+    """A SystemExit of the network's code is an error, not the script's success."""
+    (folder / "my_module.py").write_text(MY_MODULE)
+    options = ["--model_name", f"my_module:{name}", "--frame_size", "56", "--evaluate", "False"]
+    result = run("py_to_py_cls.py", *options)
+    assert result.returncode == 2
+    note, error = result.stderr.splitlines()
+    assert note.startswith(f"NOTE: my_module:{name} doesn't say how it wants its pictures")
+    assert error.startswith("py_to_py_cls.py: error: ") and "SystemExit" in error
+    if name == "Leaving":
+        line = MY_MODULE[: MY_MODULE.index("raise SystemExit(0)\n\nclass LeavingLater")].count("\n")
+        assert f"my_module.py, line {line + 1}" in error
+    assert not [p for p in folder.rglob("*") if ".onnx" in p.name]
+
+
+def test_preprocessing_that_a_network_carries(tmp_path, monkeypatch, capsys):
+    """timm's pretrained_cfg: sizes, mean and std for pixels from 0 to 1, the part that is kept."""
+    (tmp_path / "carrying.py").write_text(MY_MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def get(name):
+        network = load_network(f"carrying:{name}", Weights("own", f"carrying:{name}"))
+        out, err = capsys.readouterr()
+        assert err == "" and ("bicubic" in out) == (name == "Timm")
+        return network.preprocessing, network.assumed
+
+    found, assumed = get("Timm")
+    assert found == Preprocessing(
+        scale=1 / 255, mean=(127.5, 63.75, 191.25), std=(0.5, 0.2, 0.1), rgb=True, crop=True,
+        width=56, height=48, initial_width=64, initial_height=54,
+    )  # fmt: skip
+    assert not assumed
+    found, assumed = get("OlderTimm")
+    assert found == Preprocessing(
+        scale=1 / 255, mean=(127.5, 127.5, 127.5), std=(1, 1, 1), rgb=True, crop=True,
+        width=64, height=64, initial_width=64, initial_height=64,
+    )  # fmt: skip
+    assert not assumed
+    for name in ("HalfTimm", "Net"):
+        found, assumed = get(name)
+        assert found == Preprocessing(
+            scale=1 / 255, mean=(123.675, 116.28, 103.53), std=(0.229, 0.224, 0.225), rgb=True,
+            crop=True, width=224, height=224, initial_width=256, initial_height=256,
+        )  # fmt: skip
+        assert assumed
+
+
+def test_preprocessing_of_torchvisions_networks():
+    """Its sizes, whatever the weights are; --frame_size scales the resize along."""
+    for weights in (Weights("random", "random"), Weights("file", "my.pth")):
+        found = get_preprocessing("inception_v3", weights)
+        sizes = (found.width, found.height, found.initial_width, found.initial_height)
+        assert sizes == (299, 299, 342, 342)
+    sizes = {"IMAGENET1K_V1": 256, "IMAGENET1K_V2": 232}
+    for name, resize in sizes.items():
+        found = get_preprocessing("resnet50", Weights("torchvision", name))
+        assert (found.width, found.initial_width) == (224, resize)
+        assert found.mean == (123.675, 116.28, 103.53) and found.std == (0.229, 0.224, 0.225)
+    larger = scale_frame(get_preprocessing("resnet50", Weights("random", "random")), 448)
+    assert (larger.width, larger.height, larger.initial_width, larger.initial_height) == (
+        448, 448, 512, 512
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -206,7 +416,11 @@ def test_own_architecture_that_cannot_be_built(tmp_path, monkeypatch, name, word
 
 @pytest.mark.parametrize(
     "name, words",
-    [("Two", "no float32 tensor"), ("Double", "no float32 tensor"), ("Blind", "prove nothing")],
+    [
+        ("Two", "not a classifier: the output isn't a float32 tensor"),
+        ("Double", "not a classifier: the output isn't a float32 tensor"),
+        ("Blind", "prove nothing"),
+    ],
 )
 def test_own_architecture_that_proves_nothing(name, words):
     namespace = {}
@@ -237,18 +451,20 @@ def test_a_prefix_that_is_the_networks_own(tmp_path, monkeypatch):
 
 
 def test_a_function_of_an_installed_package():
-    model, origin = load_network("torchvision.models.mnasnet:mnasnet0_5")
-    assert type(model).__name__ == "MNASNet" and not model.training
-    assert origin == "torchvision.models.mnasnet:mnasnet0_5"
+    name = "torchvision.models.mnasnet:mnasnet0_5"
+    network = load_network(name, parse_weights(name, None))
+    assert type(network.model).__name__ == "MNASNet" and not network.model.training
+    assert (network.name, network.weights) == (name, Weights("own", name))
 
 
-def test_an_engine_that_is_wrong_is_named_with_the_figures(model, resnet18):
+def test_an_engine_that_is_wrong_is_named_with_the_figures(model, small):
     """Both engines, each with its relative error; nothing is taken for right."""
     blob = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    references = get_references(resnet18, blob)
-    name, blob, logits = references[1]
+    references = get_references(small, blob)
+    *right, (name, blob, logits) = references
     logits = logits * np.float32(1.001)
     with pytest.raises(NetworksDisagree) as caught:
-        verify(str(model), [references[0], (name, blob, logits)])
-    for words in ("new engine: on a batch of 2", "classic engine", "relative error 1.0e-03"):
-        assert words in str(caught.value)
+        verify(str(model), [*right, (name, blob, logits)])
+    assert str(caught.value).count("relative error 1.0e-03") == 2
+    for engine in ("new", "classic"):
+        assert f"{engine} engine: wrong on {name}: " in str(caught.value)

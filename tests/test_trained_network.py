@@ -5,6 +5,7 @@ import shutil
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from conftest import PICTURES, ROOT, read_answer
 
@@ -30,14 +31,14 @@ def test_trained_network(run, folder):
     assert summary["difference"]["same_class"] == 12 and summary["disagreements"] == []
 
     expected = classify_with_pytorch()
-    assert [NAMES[i].split(",")[0] for i in expected.values()] == [
+    assert [NAMES[i].split(",")[0] for i, _ in expected.values()] == [
         "Egyptian cat",
         "espresso",
         "suspension bridge",
     ]
-    for name, class_id in expected.items():
+    for name, (class_id, logit) in expected.items():
         result = run("classification.py", ALIAS, "--input", PICTURES / name)
-        assert read_answer(result.stdout)[0] == class_id
+        assert read_answer(result.stdout) == (class_id, pytest.approx(logit, abs=1e-3))
 
     # that the answers could be wrong: without the scale factor half of the pictures are lost
     result = run("classification.py", ALIAS, "--input", PICTURES, "--scale", "1")
@@ -48,7 +49,7 @@ def test_trained_network(run, folder):
 
 
 def classify_with_pytorch():
-    """{picture: class ID} by PyTorch, without the project's code."""
+    """{picture: (class ID, logit)} by PyTorch, without the project's code."""
     from trained_network import build_model
 
     model = build_model().eval()
@@ -58,5 +59,5 @@ def classify_with_pytorch():
         rgb = cv2.resize(cv2.resize(rgb, (256, 256)), (224, 224))
         with torch.no_grad():
             logits = model(torch.from_numpy((rgb - 127) / 128).permute(2, 0, 1)[None])
-        found[name] = int(logits.argmax())
+        found[name] = int(logits.argmax()), float(logits.max())
     return found

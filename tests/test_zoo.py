@@ -1,5 +1,7 @@
 """models.yml: what a conversion writes, and classification.py by name."""
 
+import hashlib
+import re
 import shutil
 
 import cv2
@@ -7,7 +9,7 @@ import pytest
 from conftest import PICTURES, ROOT, check_one_line, read_answer
 
 KOALA = PICTURES / "koala.jpg"
-CONVERT = ["--model_name", "resnet18", "--evaluate", "False"]
+CONVERT = ["--model_name", "squeezenet1_1", "--evaluate", "False"]
 
 
 def read_entry(path, name):
@@ -23,16 +25,21 @@ def read_entry(path, name):
     return text | numbers | lists
 
 
-def test_entry_of_a_converted_network(run, folder, weights):
+def read_raw(path, name):
+    """The lines of an entry."""
+    return re.search(rf"^{name}:\n((?: .*\n)+)", path.read_text(), re.M).group(1)
+
+
+def test_entry_of_a_converted_network(run, start, folder, weights):
     result = run("py_to_py_cls.py", *CONVERT, "--weights", weights)
-    assert "models/models.yml: python classification.py resnet18" in result.stdout
+    assert "models/models.yml: python classification.py squeezenet1_1" in result.stdout
     path = folder / "models" / "models.yml"
-    entry = read_entry(path, "resnet18")
-    assert entry == read_entry(path, "resnet18-trained")
+    entry = read_entry(path, "squeezenet1_1")
+    assert entry == read_entry(path, "squeezenet1_1-trained")
     classes = folder / "models" / entry.pop("classes")
     assert classes.read_bytes() == (PICTURES / "imagenet_classes.txt").read_bytes()
     assert entry == {
-        "model": "resnet18-trained.onnx",
+        "model": "squeezenet1_1-trained.onnx",
         "sample": "classification",
         "scale": pytest.approx(1 / 255),
         "mean": [123.675, 116.28, 103.53],
@@ -40,26 +47,33 @@ def test_entry_of_a_converted_network(run, folder, weights):
         "width": 224,
         "height": 224,
     }
-    assert "   rgb: true\n" in path.read_text()
+    raw = read_raw(path, "squeezenet1_1")
+    sha1 = hashlib.sha1((folder / "models" / "squeezenet1_1-trained.onnx").read_bytes()).hexdigest()
+    assert f'  load_info: {{ sha1: "{sha1}" }}\n' in raw
+    assert "  rgb: true\n" in raw and "weights" not in raw
+    assert '  engine: "new"\n' in raw or '  engine: "classic"\n' in raw
 
     # random weights have an entry of their own, and leave the trained network its name
     result = run("py_to_py_cls.py", *CONVERT, "--weights", "random")
-    assert "models/models.yml: python classification.py resnet18-random" in result.stdout
-    assert read_entry(path, "resnet18")["model"] == "resnet18-trained.onnx"
-    assert read_entry(path, "resnet18-random")["model"] == "resnet18-random.onnx"
-    assert "new in this entry" not in result.stdout
-    assert path.read_text().count("   rgb: true\n") == 3
+    assert "models/models.yml: python classification.py squeezenet1_1-random" in result.stdout
+    assert read_entry(path, "squeezenet1_1")["model"] == "squeezenet1_1-trained.onnx"
+    assert read_entry(path, "squeezenet1_1-random")["model"] == "squeezenet1_1-random.onnx"
+    assert "changed:" not in result.stdout
+    assert '  weights: "random"\n' in read_raw(path, "squeezenet1_1-random")
+    assert path.read_text().count("  rgb: true\n") == 3
 
-    by_name = run("classification.py", "resnet18", "--input", KOALA)
-    by_file = run("classification.py", "--input", "models/resnet18-trained.onnx", KOALA)
+    by_name = run("classification.py", "squeezenet1_1", "--input", KOALA)
+    by_file = run("classification.py", "--input", "models/squeezenet1_1-trained.onnx", KOALA)
     assert read_answer(by_name.stdout) == read_answer(by_file.stdout)
     assert "RANDOM" not in by_name.stdout
-    assert "RANDOM" in run("classification.py", "resnet18-random").stdout
+    assert "RANDOM" in run("classification.py", "squeezenet1_1-random").stdout
 
     # the folder can be taken elsewhere: nothing of the project is needed
     shutil.move(folder / "models", folder.parent / "elsewhere")
     shutil.copy(ROOT / "classification.py", folder.parent / "elsewhere")
-    moved = run(folder.parent / "elsewhere" / "classification.py", "resnet18", "--input", KOALA)
+    moved = start(
+        folder.parent / "elsewhere" / "classification.py", "squeezenet1_1", "--input", KOALA
+    )
     assert read_answer(moved.stdout) == read_answer(by_name.stdout)
 
 
@@ -70,11 +84,13 @@ def zoo(folder, model):
     shutil.copy(model, folder / "zoo" / "net.onnx")
     (folder / "zoo" / "names.txt").write_text("".join(f"name {i}\n" for i in range(1000)))
     path = folder / "zoo" / "models.yml"
+    sha1 = hashlib.sha1(model.read_bytes()).hexdigest()
     path.write_text(
-        '%YAML 1.0\n---\nnet:\n  load_info:\n    sha1: "0123"\n  model: "net.onnx"\n'
+        f'%YAML 1.0\n---\nnet:\n  load_info:\n    sha1: "{sha1}"\n  model: "net.onnx"\n'
         "  mean: [104, 117, 123]\n  scale: 0.5\n  width: 192\n  height: 160\n  rgb: true\n"
         '  classes: "names.txt"\n  sample: "classification"\n'
         'face:\n  model: "face.onnx"\n  sample: "object_detection"\n'
+        'half:\n  model: "net.onnx"\n  initial_width: 256\n  sample: "classification"\n'
         'odd:\n  model: "net.onnx"\n  mean: [1, "x", 3]\n  sample: "classification"\n'
     )
     return path
@@ -114,9 +130,11 @@ def test_entry_of_opencvs_samples(run, zoo):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["face"], ["models.yml", "no entry 'face'", "net"]),
+        (["face"], ["models.yml", "no entry 'face'"]),
         (["koala.jpg"], ["no entry 'koala.jpg'", "--input"]),
-        (["odd"], ["--mean", "'x'"]),
+        (["half"], ["models.yml: half: initial_width", "go together"]),
+        (["net", "--initial_width", "256"], ["--initial_width", "go together"]),
+        (["odd"], ["models.yml: odd: mean", "'x'"]),
         (["net", "--zoo", "broken.yml"], ["broken.yml", "YAML"]),
         (["net", "--zoo", "absent.yml"], ["absent.yml"]),
     ],
@@ -129,33 +147,65 @@ def test_entries_that_cannot_be_used(run, folder, zoo, arguments, words):
 
 def test_other_peoples_entries_stay_as_they_are(tmp_path, capsys):
     """Comments, numbers that cv2.FileStorage doesn't hold, and values that are no entries."""
-    from classification import parse_args, read_zoo
-    from common import add_to_zoo
+    from common import TORCHVISION_PREPROCESSING, add_to_zoo, read_zoo
 
     before = '%YAML 1.0\n---\n# mine\nnote: "x"\nbig: 5000000000\nnet:\n  model: "a.onnx"\n'
     after = 'é.net:\n  load_info:\n    url: "true"\n  list: [ {x: 1}, {y: 2} ]\n'
     path = tmp_path / "models.yml"
     path.write_text(before + after, "utf-8")
-    add_to_zoo("net", tmp_path / "net.onnx", parse_args([]), None)
+    (tmp_path / "net.onnx").write_bytes(b"model")
+    add_to_zoo("net", tmp_path / "net.onnx", TORCHVISION_PREPROCESSING, "new", None)
     text = path.read_text("utf-8")
-    assert text.startswith(before.replace('  model: "a.onnx"\n', "")) and after in text
+    others = before.replace('net:\n  model: "a.onnx"\n', "") + after
+    assert text.startswith(others) and text.count("net:\n") == 2
     assert read_zoo(path)["net"]["model"] == "net.onnx"
-    assert "new in this entry: crop, height" in capsys.readouterr().out
-    add_to_zoo("net", tmp_path / "net.onnx", parse_args([]), None)
+    assert "(changed: crop, engine, height" in capsys.readouterr().out
+    add_to_zoo("net", tmp_path / "net.onnx", TORCHVISION_PREPROCESSING, "new", None)
     assert path.read_text("utf-8") == text
+
+    # YAML's end mark, and a key with a space before its colon
+    path.write_text(text.replace("\nnet:", "\nnet :") + "...\n", "utf-8")
+    add_to_zoo("net", tmp_path / "net.onnx", TORCHVISION_PREPROCESSING, "classic", None)
+    assert path.read_text("utf-8") == text.replace('"new"', '"classic"')
 
 
 def test_a_name_without_any_entries(run):
     check_one_line(run("classification.py", "resnet18"), "models.yml", "'resnet18'", "convert")
 
 
-def test_entries_are_found_beside_the_script(folder, zoo, run):
+def test_entries_are_found_beside_the_script(folder, zoo, start):
     """As in OpenCV's samples, from any folder."""
     shutil.copy(ROOT / "classification.py", zoo.parent)
     (folder / "elsewhere").mkdir()
-    result = run(zoo.parent / "classification.py", "net", "--input", KOALA)
+    result = start(zoo.parent / "classification.py", "net", "--input", KOALA)
     assert result.returncode == 0, result.stderr
     assert "label: name " in result.stdout
+
+
+def test_a_name_is_searched_in_every_place(run, folder, zoo):
+    """models/models.yml without the name doesn't hide the models.yml that has it."""
+    (folder / "models").mkdir()
+    (folder / "models" / "models.yml").write_text('%YAML 1.0\n---\nother:\n  model: "a.onnx"\n')
+    shutil.copytree(zoo.parent, folder, dirs_exist_ok=True)
+    assert run("classification.py", "net", "--input", KOALA).returncode == 0
+    check_one_line(run("classification.py", "absent"), "models/models.yml, models.yml")
+
+
+def test_options_win_over_the_entry_of_a_file_one_by_one(run, zoo):
+    """--std alone leaves the entry its size, mean, scale and order of channels."""
+    options = ["--input", zoo.parent / "net.onnx", KOALA, "--std", "1", "2", "4"]
+    result = run("classification.py", *options)
+    expected = "scale 0.5, mean 104 117 123, std 1 2 4, rgb True, crop False, size 192x160"
+    assert expected in result.stdout
+
+
+def test_labels_is_another_word_for_classes(run, folder, zoo):
+    text = zoo.read_text()
+    zoo.write_text(text.replace("classes:", "labels:"))
+    assert "label: name " in run("classification.py", "net", "--zoo", zoo, "--input", KOALA).stdout
+    (folder / "mine.txt").write_text("mine\n" * 1000)
+    options = ["net", "--zoo", zoo, "--input", KOALA, "--labels", "mine.txt"]
+    assert "label: mine\n" in run("classification.py", *options).stdout
 
 
 def test_a_size_of_its_own(run, folder):
@@ -175,25 +225,32 @@ def test_a_size_of_its_own(run, folder):
 def test_presets_are_torchvisions():
     """The tutorial's preset is the metadata of the tutorial's networks; others bring their own."""
     from default_preprocess_config import pytorch_resize_input_blob
-    from py_to_py_cls import MODELS, get_preset, get_transforms
+    from networks import Weights, get_preprocessing, get_transforms
+    from py_to_py_cls import MODELS
 
+    default = Weights("torchvision")
     for name in MODELS:
-        transforms = get_transforms(name, None)
+        transforms = get_transforms(name, default)
         assert transforms.crop_size == [224] and transforms.resize_size == [256]
         assert [f"{255 * v:g}" for v in transforms.mean] == pytorch_resize_input_blob["mean"]
         assert [f"{v:g}" for v in transforms.std] == pytorch_resize_input_blob["std"]
-        assert get_preset(name, None, None) == (224, pytorch_resize_input_blob)
     for name, weights, size, resize in [
-        ("resnet50", "IMAGENET1K_V2", 224, "232"),
-        ("inception_v3", None, 299, "342"),
-        ("efficientnet_b7", None, 600, "600"),
-        ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384, "384"),
-        ("regnet_y_128gf", "random", 384, "384"),
+        ("resnet50", Weights("torchvision", "IMAGENET1K_V2"), 224, 232),
+        ("inception_v3", default, 299, 342),
+        ("efficientnet_b7", default, 600, 600),
+        ("vit_b_16", Weights("torchvision", "IMAGENET1K_SWAG_E2E_V1"), 384, 384),
+        ("regnet_y_128gf", Weights("random", "random"), 384, 384),
     ]:
-        found, preset = get_preset(name, weights, None)
-        assert (found, preset["rsz_width"], preset["rsz_height"]) == (size, resize, resize)
-    _, preset = get_preset("efficientnet_v2_l", None, None)
-    assert preset["mean"] == ["127.5"] * 3 and preset["std"] == ["0.5"] * 3
+        p = get_preprocessing(name, weights)
+        assert (p.width, p.height, p.initial_width, p.initial_height) == (
+            size,
+            size,
+            resize,
+            resize,
+        )
+        assert (p.rgb, p.crop, p.scale) == (True, True, 1 / 255)
+    p = get_preprocessing("efficientnet_v2_l", default)
+    assert p.mean == (127.5,) * 3 and p.std == (0.5,) * 3
 
 
 def test_list_models(run):

@@ -1,0 +1,549 @@
+"""A name and weights in, a PyTorch network in eval mode out.
+
+Networks of torchvision's or your own, with torchvision's weights, a checkpoint file's, the ones
+they are returned with, or random ones.
+
+torch takes seconds to import, so functions import it where they need it: a mistyped option is
+reported at once, and a network that was converted before needs no torch at all.
+"""
+
+import argparse
+import http.client
+import importlib
+import os
+import pathlib
+import re
+import socket
+import sys
+import traceback
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from common import (
+    RANDOM,
+    SEED,
+    Preprocessing,
+    RequestError,
+    get_digest,
+    read_config,
+)
+from default_preprocess_config import pytorch_resize_input_blob
+
+DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+
+# torchvision's weights for these two expect pictures that aren't normalized as ImageNet's are, and
+# transform_input converts them; torchvision sets it only when it loads the weights itself. The
+# auxiliary heads are for training.
+BUILD_OPTIONS = {
+    name: {"transform_input": True, "aux_logits": False, "init_weights": False}
+    for name in ("googlenet", "inception_v3")
+}
+AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
+
+# Types that a checkpoint may hold beside tensors: they are data and run nothing.
+INERT_TYPES = [
+    argparse.Namespace,
+    pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath,
+    np.dtype,
+    np._core.multiarray.scalar,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefdU"),
+]  # fmt: skip
+
+PLAIN_TYPES = (
+    "float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64"
+)  # fmt: skip
+
+
+@dataclass
+class Weights:
+    """Where a network's weights come from."""
+
+    kind: str  # "torchvision", "file", "random", or "own": as MODULE:FUNCTION returns them
+    name: str = ""  # torchvision's, or the file's; "" for torchvision's first
+    path: Path | None = None  # the file
+    sha256: str = ""  # of the file
+    default: bool = False  # whether they are torchvision's first for the network
+
+
+@dataclass
+class Network:
+    """A classifier in PyTorch: float32 (batch, 3, height, width) to logits (batch, classes)."""
+
+    name: str  # torchvision's, or "module:function"
+    weights: Weights
+    preprocessing: Preprocessing
+    model: object = None  # torch.nn.Module in eval mode; None if it was converted before
+    assumed: bool = False  # whether nobody says how it wants its pictures
+
+
+def load_network(name, weights, frame_size=None, or_random=True):
+    """The Network `name`, of torchvision's or "module:function", with its Weights loaded.
+
+    frame_size: width and height of its pictures, px; None for its own. Without torchvision's
+    weights and without a network connection it gets random weights, and stderr says so; with
+    or_random=False, or for any other reason, RequestError is raised.
+    """
+    announce_torch()
+    if weights.kind == "torchvision":
+        weights = find_torchvision_weights(name, weights, or_random)
+    preprocessing = None if is_own(name) else get_preprocessing(name, weights)
+    size = frame_size or (preprocessing or Preprocessing()).width
+    if weights.kind == "own":
+        print(f"{name}: using the weights the function returns it with")
+        model = build_network(name).eval()
+    elif weights.kind == "random":
+        model = build_random_network(name, size)
+    else:
+        if weights.kind == "file" and name in BUILD_OPTIONS:
+            print(
+                f"NOTE: {weights.path}: assuming a network with transform_input=True, like "
+                "torchvision's trained ones; the file doesn't say. If yours is without, give "
+                "--model_name MODULE:FUNCTION",
+                file=sys.stderr,
+            )
+        model = load_weights(name, weights.path, size)
+    preprocessing = preprocessing or get_own_preprocessing(name, model)
+    assumed = preprocessing is None
+    preprocessing = preprocessing or Preprocessing(**read_config(pytorch_resize_input_blob))
+    return Network(name, weights, preprocessing, model, assumed)
+
+
+def announce_torch():
+    """Say that torch is imported next, which takes seconds."""
+    if "torch" not in sys.modules:
+        print("loading PyTorch ...", flush=True)
+
+
+def is_own(name):
+    """Whether the name is the user's "module:function"."""
+    return ":" in name
+
+
+# --- which weights --------------------------------------------------------------------------------
+
+
+def parse_weights(name, text):
+    """The Weights that --weights asks for (None: the default ones)."""
+    if text and text.lower() == RANDOM:
+        return Weights("random", RANDOM)
+    if text and Path(text).is_file():
+        return Weights("file", Path(text).name, Path(text), get_digest(text, "sha256"))
+    if not is_own(name):
+        return Weights("torchvision", (text or "").upper(), default=not text)
+    if text:
+        raise RequestError(f"--weights {text}: no such file")
+    return Weights("own", name)
+
+
+def find_torchvision_weights(name, weights, or_random):
+    """`weights` with the file, downloaded if need be; random ones if that fails."""
+    known = get_torchvision_weights(name)
+    weights_name = weights.name or next(iter(known))
+    if weights_name not in known:
+        raise RequestError(
+            f"--weights {weights.name}: not a file, and not weights of {name}, which are "
+            f"{', '.join(known)}; or '{RANDOM}'"
+        )
+    entry = known[weights_name]
+    path = checkpoints_dir() / os.path.basename(entry.url)
+    try:
+        if not path.is_file():
+            download(entry.url, path)
+    except RequestError as error:
+        reason = f"{name}'s weights can't be downloaded: {error}"
+        if not or_random:
+            raise RequestError(
+                f"{reason}: put {path.name} into {path.parent}, or give --weights FILE, or "
+                f"--weights {RANDOM}"
+            ) from None
+        print(f"WARNING: {reason}", file=sys.stderr)
+        print(
+            "WARNING: going on with RANDOM WEIGHTS: the conversion is proved all the same, "
+            "but no answer means anything",
+            file=sys.stderr,
+            flush=True,
+        )
+        return Weights("random", RANDOM)
+    default = entry == next(iter(known.values()))
+    return Weights("torchvision", entry.name, path, get_digest(path, "sha256"), default)
+
+
+def get_torchvision_weights(name):
+    """{name: torchvision's weights} of one of its networks; the first are the default."""
+    from torchvision import models
+
+    return models.get_model_weights(name).__members__
+
+
+def checkpoints_dir():
+    """Where torchvision keeps downloaded weights: torch.hub.get_dir(), without torch."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
+    return Path(home).expanduser() / "hub" / "checkpoints"
+
+
+def download(url, path):
+    """Fetch torchvision's weights; RequestError if that fails, and then no file is left."""
+    import torch
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub has no time limit
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # torchvision's file names end in the start of their SHA-256: resnet50-0676ba61.pth
+        prefix = path.stem.rpartition("-")[2]
+        torch.hub.download_url_to_file(url, str(path), prefix, progress=sys.stderr.isatty())
+    # RuntimeError: the hash doesn't fit; HTTPException: the answer isn't HTTP
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        raise RequestError(f"{path.name}: {getattr(error, 'reason', error)}") from None
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+# --- preprocessing --------------------------------------------------------------------------------
+
+
+def get_transforms(name, weights):
+    """torchvision's transforms of these weights; of the network's first for all others."""
+    known = get_torchvision_weights(name)
+    return known.get(weights.name, next(iter(known.values()))).transforms()
+
+
+def get_preprocessing(name, weights):
+    """The tutorial's Preprocessing with the sizes, mean and std that torchvision gives."""
+    transforms = get_transforms(name, weights)
+    (crop,), (resize,) = transforms.crop_size, transforms.resize_size
+    return replace(
+        Preprocessing(**read_config(pytorch_resize_input_blob)),
+        mean=tuple(float(f"{255 * value:g}") for value in transforms.mean),
+        std=tuple(transforms.std),
+        width=crop,
+        height=crop,
+        initial_width=resize,
+        initial_height=resize,
+    )
+
+
+def get_own_preprocessing(name, model):
+    """The Preprocessing that a timm network carries; None for others.
+
+    timm's pretrained_cfg has input_size (3, height, width), mean and std for pixels from 0 to 1,
+    and crop_pct, the part of the resized picture that is kept:
+    https://huggingface.co/docs/timm/reference/data
+    """
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if not isinstance(config, dict) or not {"input_size", "mean", "std"} <= config.keys():
+        return None
+    height, width = config["input_size"][1:]
+    part = config.get("crop_pct") or 1
+    print(f"{name}: preprocessing from the network's pretrained_cfg")
+    if config.get("interpolation", "bilinear") != "bilinear":
+        print(f"{name}: wants {config['interpolation']} resizing; OpenCV resizes bilinearly")
+    return replace(
+        Preprocessing(**read_config(pytorch_resize_input_blob)),
+        mean=tuple(float(f"{255 * value:g}") for value in config["mean"]),
+        std=tuple(config["std"]),
+        width=width,
+        height=height,
+        initial_width=int(width / part),
+        initial_height=int(height / part),
+    )
+
+
+def scale_frame(preprocessing, frame_size):
+    """The same preprocessing for pictures of another width and height, px; None: as it is."""
+    if frame_size is None:
+        return preprocessing
+    p = preprocessing
+    return replace(
+        p,
+        width=frame_size,
+        height=frame_size,
+        initial_width=p.initial_width * frame_size // p.width,
+        initial_height=p.initial_height * frame_size // p.height,
+    )
+
+
+# --- building -------------------------------------------------------------------------------------
+
+
+def build_network(name, frame_size=224, **options):
+    """The network before any weights are loaded; options: torchvision's, num_classes."""
+    if is_own(name):
+        return build_own_network(name)
+    from torchvision import models
+
+    options |= BUILD_OPTIONS.get(name, {})
+    if name.startswith("vit_"):  # it has a parameter for each patch of the picture
+        options["image_size"] = frame_size
+    try:
+        return models.get_model(name, **options)
+    except AssertionError as error:
+        raise RequestError(
+            f"{name} can't be made for {frame_size}x{frame_size} pictures: {error}"
+        ) from None
+
+
+def build_own_network(name):
+    """The nn.Module that "module:function" names, from a file in this folder or a package.
+
+    Raises RequestError, with file and line, for whatever that code raises.
+    """
+    import torch
+
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+        if not hasattr(module, function_name):
+            raise RequestError(f"--model_name {name}: {module.__file__} has no {function_name}")
+        model = getattr(module, function_name)
+        if not isinstance(model, torch.nn.Module):
+            model = model()
+        if isinstance(model, torch.nn.Module):
+            model = model.cpu().float()
+    except RequestError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise RequestError(f"--model_name {name}: {describe_exception(error)}") from None
+    if not isinstance(model, torch.nn.Module):
+        raise RequestError(
+            f"--model_name {name}: returns {type(model).__name__}, not a torch.nn.Module"
+        )
+    if not all(is_plain(value) for value in model.state_dict().values()):
+        raise RequestError(f"--model_name {name}: holds more than plain tensors of numbers")
+    return model
+
+
+def describe_exception(error):
+    """Its type and text, with the file and line of the user's code that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    known = os.path.exists(place.filename) and place.filename != __file__
+    where = f" ({place.filename}, line {place.lineno})" if known else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def build_empty_network(name, frame_size=224, **options):
+    """One of torchvision's networks, to be filled with weights."""
+    import torch
+
+    # On "meta" nothing is initialized, which takes longer than reading the weights. RegNet
+    # computes its widths with tensors and can't be built there (torchvision 0.29).
+    try:
+        with torch.device("meta"):
+            return build_network(name, frame_size, **options)
+    except NotImplementedError:
+        return build_network(name, frame_size, **options)
+
+
+def build_random_network(name, frame_size):
+    """The network with seeded random weights, in eval mode, such that a wrong conversion shows.
+
+    Parameters that start as one constant are shaken: with a head of zeros, as torchvision's ViT
+    has it, any two networks agree, and layer scales of 1e-6 or biases of 0 hide errors behind
+    them. And BatchNorm gets the variances of a seeded batch, layer by layer; without them a deep
+    network's logits are the same for all pictures, or grow without bound.
+    """
+    import torch
+
+    torch.manual_seed(SEED)
+    model = build_network(name, frame_size).eval()
+    # from smooth to noisy, as pictures are; the noise that verify.py compares on is among them
+    size = (frame_size, frame_size)
+    smooth = torch.nn.functional.interpolate(torch.randn(8, 3, 6, 6), size, mode="bilinear")
+    batch = smooth + torch.linspace(0, 1, 8).reshape(8, 1, 1, 1) * torch.randn(8, 3, *size)
+
+    def calibrate(batch_norm, inputs):
+        # The batch's variance, but a twentieth of its mean: a deep random network that subtracts
+        # the whole mean amplifies rounding errors (resnet152: to 2e-4), and errors show no better.
+        axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
+        batch_norm.running_mean = 0.05 * inputs[0].mean(axes)
+        batch_norm.running_var = inputs[0].var(axes)
+
+    hooks = [
+        module.register_forward_pre_hook(calibrate)
+        for module in model.modules()
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    ]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if (parameter == parameter.flatten()[0]).all():
+                parameter += 0.02 * torch.randn_like(parameter)
+    if hooks:
+        run_pytorch(model, batch.numpy())
+    for hook in hooks:
+        hook.remove()
+    return model
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def load_weights(name, path, frame_size=224):
+    """The network with the weights of a checkpoint file, in eval mode.
+
+    The head of torchvision's networks is sized by the file. Raises RequestError if the file is
+    damaged, holds no state dict, or another network's.
+    """
+    own = is_own(name)
+    model = build_network(name) if own else build_empty_network(name)
+    state = find_state_dict(read_checkpoint(path), model.state_dict().keys(), path)
+    if not own:
+        model = build_empty_network(name, frame_size, num_classes=get_num_classes(name, state))
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        problem = ", ".join(
+            f"{what} key {keys[0]}" + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "")
+            for what, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        )
+    except RuntimeError as error:  # of shapes
+        problem = str(error).split("\n\t")[1][:200]
+    if problem:
+        raise RequestError(f"{path}: not the weights of {name}: {problem}")
+    return model.float().eval()
+
+
+def read_checkpoint(path):
+    """What torch.load finds in a checkpoint file; RequestError if it isn't one, or may run code."""
+    import torch
+
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(INERT_TYPES):
+            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
+            # weights_only: a pickle can run any code, and a downloaded file is a stranger's
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen types for files that aren't its own
+        raise RequestError(
+            f"{path}: can't be read ({type(error).__name__}): truncated, another format, or more "
+            "than tensors in it (a whole model, for instance), which could run code; download it "
+            "again, save one with torch.save(model.state_dict(), FILE), or load it yourself in a "
+            "--model_name MODULE:FUNCTION"
+        ) from None
+
+
+def find_state_dict(checkpoint, own_keys, path):
+    """The network's state dict in a checkpoint, as an OrderedDict with its metadata.
+
+    It is the first dictionary, the checkpoint itself or one in it, whose keys, less one common
+    prefix, are the network's: training scripts wrap state dicts in larger dictionaries, and
+    DataParallel, torch.compile and Lightning put "module.", "_orig_mod." and "model." before each
+    key. If none fits, the one with most keys in common, for load_state_dict's message.
+    """
+    import torch
+
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    found = []
+    for key, state in {"": checkpoint, **checkpoint}.items():
+        if not isinstance(state, dict) or not any(map(torch.is_tensor, state.values())):
+            continue
+        state, metadata = dict(state), getattr(state, "_metadata", None)
+        state.pop("n_averaged", None)  # AveragedModel's counter
+        prefix = get_prefix(list(state), own_keys)
+        state = {rename(k.removeprefix(prefix)): v for k, v in state.items()}
+        state = {
+            k: v for k, v in state.items() if k in own_keys or not k.startswith(AUXILIARY_HEADS)
+        }
+        unknown = [k for k in state.keys() ^ set(own_keys) if not k.endswith("num_batches_tracked")]
+        found.append((len(unknown), key, state, prefix, metadata))
+    if not found:
+        raise RequestError(
+            f"{path}: no state dict in it; save one with torch.save(model.state_dict(), FILE)"
+        )
+    fitting = [f"'{key}'" for unknown, key, *_ in found if not unknown]
+    if len(fitting) > 1:
+        print(f"{path}: weights in {' and '.join(fitting)}: taking {fitting[0]}")
+    _, _, state, prefix, metadata = min(found, key=lambda item: item[0])  # the first of equals
+    for key, value in state.items():
+        if not is_plain(value) or not torch.isfinite(value).all():
+            raise RequestError(f"{path}: {key} isn't a tensor of finite numbers")
+    # Modules read older files by the versions in here; MNASNet demands one (2 in torchvision 0.29).
+    state = OrderedDict(state)
+    state._metadata = {"": {"version": 2}}
+    if metadata:
+        modules = {f"{module}.": version for module, version in metadata.items()}
+        state._metadata = {
+            module.removeprefix(prefix).rstrip("."): version
+            for module, version in modules.items()
+            if module.startswith(prefix)
+        }
+    return state
+
+
+def get_prefix(keys, own_keys):
+    """The shortest prefix of all `keys` without which the first is the network's; "" if none is."""
+    first = str(keys[0]) if keys else ""
+    prefixes = [first[: dot.end()] for dot in re.finditer(r"\.", first)] + [""]
+    for prefix in sorted(prefixes, key=len):
+        if (
+            all(str(k).startswith(prefix) for k in keys)
+            and rename(first[len(prefix) :]) in own_keys
+        ):
+            return prefix
+    return ""
+
+
+def rename(key):
+    """denselayer1.norm.1.weight -> denselayer1.norm1.weight
+
+    torchvision's DenseNet files have the names of before PyTorch 0.4, and torchvision renames them
+    in the same way.
+    """
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", str(key))
+
+
+def is_plain(value):
+    """Whether it is a tensor of numbers on the CPU, each with memory of its own."""
+    import torch
+
+    return (
+        torch.is_tensor(value)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and str(value.dtype).removeprefix("torch.") in PLAIN_TYPES
+        and not (value.is_nested or value.is_neg() or value.is_conj())
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
+
+
+def get_num_classes(name, state):
+    """How many classes the head in a state dict of one of torchvision's networks has.
+
+    The head's weight is the last one whose shape depends on the number of classes.
+    """
+    few, more = (build_empty_network(name, num_classes=n).state_dict() for n in (2, 3))
+    head = [key for key in few if few[key].shape != more[key].shape and few[key].ndim > 1][-1]
+    return len(state[head]) if head in state and state[head].ndim else len(few[head])
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def run_pytorch(model, blob, memory_format=None):
+    """PyTorch's logits, (batch, classes), for a float32 blob (batch, 3, height, width).
+
+    Raises RequestError for whatever the network's code raises, and if it isn't a classifier.
+    """
+    import torch
+
+    # a copy: a network that changes its input in place would change OpenCV's as well
+    batch = torch.from_numpy(blob).clone(memory_format=memory_format or torch.contiguous_format)
+    try:
+        with torch.no_grad():
+            logits = model(batch)
+    except (Exception, SystemExit) as error:
+        height, width = blob.shape[2:]
+        raise RequestError(
+            f"the network can't take a {width}x{height} picture: {describe_exception(error)}"
+        ) from None
+    shape = tuple(logits.shape) if torch.is_tensor(logits) else ()
+    if len(shape) != 2 or shape[0] != len(blob) or not shape[1] or logits.dtype != torch.float32:
+        raise RequestError(
+            "not a classifier: the output isn't a float32 tensor of shape (batch, classes)"
+        )
+    return logits.numpy()
