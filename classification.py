@@ -48,7 +48,7 @@ RANDOM_SUFFIX = f"-{RANDOM}"
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
 WINDOW = "Classification with OpenCV DNN"
-MIN_RESULT_WIDTH = 320  # px: text doesn't fit on narrower pictures, so they are enlarged
+MIN_RESULT_SIZE = (640, 480)  # px: on a smaller picture nobody could read the text
 MAX_WINDOW_SIZE = (1280, 720)  # px
 
 # What OpenCV's samples call the constants of cv2.dnn.
@@ -104,32 +104,32 @@ def run(main):
     try:
         code = main()
         sys.stdout.flush()
-        sys.exit(code)
-    except RequestError as error:
-        message, code = error, error.exit_code
     except BrokenPipeError:  # the reader, head for instance, has seen enough: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # 128 + SIGPIPE, what a shell reports for cat
-    except OSError as error:
-        file = f"{error.filename}: " if error.filename else ""
-        message, code = f"{file}{error.strerror or error}", RequestError.exit_code
-    except cv2.error as error:
-        message, code = f"OpenCV {cv2.__version__}: {one_line(error)}", RequestError.exit_code
+        code = 141  # 128 + SIGPIPE, what a shell reports for cat
+    except (RequestError, OSError, cv2.error) as error:
+        report(error)
+        code = getattr(error, "exit_code", RequestError.exit_code)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, what a shell reports
-    report(message)
+        code = 130  # 128 + SIGINT, what a shell reports
     sys.exit(code)
 
 
 def report(error):
     """Print an error as one line on stderr."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    source = f"OpenCV {cv2.__version__}: " if isinstance(error, cv2.error) else ""
+    print(f"{Path(sys.argv[0]).name}: error: {source}{one_line(error)}", file=sys.stderr)
 
 
 def one_line(error):
-    """OpenCV's own words in a cv2.error: without file, function and line breaks."""
-    return " ".join((getattr(error, "err", None) or str(error)).split())
+    """The text of an error: OSError's with the file, OpenCV's without its source file."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, cv2.error):
+        text = error.err or text
+    return " ".join(text.split())
 
 
 # --- preprocessing --------------------------------------------------------------------------------
@@ -439,33 +439,24 @@ def is_picture(path):
 def read_picture(path):
     """The picture as uint8 BGR (height, width, 3), turned as its EXIF says; or RequestError."""
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}; give an existing picture") from None
-    if not data:
-        raise RequestError(f"{path}: the file is empty; give a picture")
-    try:
+        data = np.frombuffer(Path(path).read_bytes(), np.uint8)
         # imdecode, because imread fills the missing part of a truncated JPEG with grey
-        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # more than 2**30 pixels, for instance
+        picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    except OSError as error:
+        raise RequestError(one_line(error)) from None
+    except cv2.error:  # an empty file, or more than 2**30 pixels
         picture = None
     if picture is None:
         raise RequestError(f"{path}: truncated, or not a picture that OpenCV can read")
     return picture
 
 
-def read_lines(path, advice):
-    """The lines of a text file; RequestError with the advice if it can't be read."""
+def read_lines(path):
+    """The lines of a text file, class names for instance."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise RequestError(f"{path}: {reason}; {advice}") from None
-
-
-def read_labels(path):
-    """The class names, one per line of the file."""
-    return read_lines(path, "--classes takes class names, one per line")
+    except UnicodeDecodeError:
+        raise RequestError(f"{path}: not a text file") from None
 
 
 def fit_labels(labels, path, classes):
@@ -578,7 +569,7 @@ def get_classifier(args, model, zoo, entry):
     classes = args.classes
     if classes is None and (name := entry.get("labels", entry.get("classes"))):
         classes = find_beside(zoo, name)
-    labels = read_labels(classes or BUNDLED_LABELS) if classes or BUNDLED_LABELS.is_file() else []
+    labels = read_lines(classes or BUNDLED_LABELS) if classes or BUNDLED_LABELS.is_file() else []
     preprocessing = get_preprocessing(args, zoo, entry)
     random = entry.get("weights") == RANDOM or Path(model).stem.endswith(RANDOM_SUFFIX)
     net = read_net(model, entry, args)
@@ -619,49 +610,27 @@ def print_answer(title, best, ms, random):
 # --- the annotated picture ------------------------------------------------------------------------
 
 
-def annotate(picture, lines, grow=True):
-    """Write the lines into the top left corner of `picture`, wrapped to its width.
-
-    Returns the picture, or a larger copy if the text doesn't fit. With grow=False, as a video
-    needs it, the size stays and the text is cut off.
-    """
+def annotate(picture, lines):
+    """Write the lines into the top left corner, in letters small enough to fit the picture."""
     height, width = picture.shape[:2]
-    if grow and width < MIN_RESULT_WIDTH:
-        zoom = min(MIN_RESULT_WIDTH / width, max(1, MAX_WINDOW_SIZE[1] / height))
-        picture = cv2.resize(picture, (round(width * zoom), max(1, round(height * zoom))))
-        right = max(0, MIN_RESULT_WIDTH - picture.shape[1])  # of a thin picture
-        picture = cv2.copyMakeBorder(picture, 0, 0, 0, right, cv2.BORDER_CONSTANT)
-        height, width = picture.shape[:2]
-
-    font = cv2.FONT_HERSHEY_SIMPLEX
-    text_height = max(12, width // 45)  # px of a capital letter
-    scale = text_height / cv2.getTextSize("A", font, 1.0, 1)[0][1]
-    thickness = max(1, round(scale * 1.5))
-    margin, step = text_height // 2, 2 * text_height
-
-    def text_width(text):
-        return cv2.getTextSize(text, font, scale, thickness)[0][0]
-
-    rows = []
-    for line in lines:
-        rows.append("")
-        for word in line.split():
-            longer = f"{rows[-1]} {word}".strip()
-            if rows[-1] and text_width(longer) > width - 2 * margin:
-                rows.append(word)
-            else:
-                rows[-1] = longer
-
-    box_height = len(rows) * step + margin
-    box_width = min(width, max(map(text_width, rows)) + 2 * margin)
-    if grow and box_height > height:  # a flat picture gets a black strip for the text
-        below = box_height - height
-        picture = cv2.copyMakeBorder(picture, 0, below, 0, 0, cv2.BORDER_CONSTANT)
-    picture[:box_height, :box_width] //= 4  # darkened: text is legible on any picture
-    for number, row in enumerate(rows):
-        origin = (margin, number * step + margin + text_height)
-        cv2.putText(picture, row, origin, font, scale, (0, 255, 0), thickness, cv2.LINE_AA)
+    font, unit = cv2.FONT_HERSHEY_SIMPLEX, 30  # px from line to line, at a font scale of 1
+    longest = max(cv2.getTextSize(line, font, 1, 1)[0][0] for line in lines) + unit
+    zoom = min(width / longest, height / (unit * (len(lines) + 1)), width / 800 + 0.3)
+    step, thickness = round(unit * zoom), max(1, round(1.5 * zoom))
+    picture[: len(lines) * step + step // 2, : round(longest * zoom)] //= 4  # dark behind the text
+    for row, line in enumerate(lines, 1):
+        origin = (step // 2, row * step)
+        cv2.putText(picture, line, origin, font, zoom, (0, 255, 0), thickness, cv2.LINE_AA)
     return picture
+
+
+def fit(picture, size, least=0.0, most=1.0):
+    """The picture, scaled to fit into `size` (width, height), by a factor of `least` to `most`."""
+    height, width = picture.shape[:2]
+    zoom = np.clip(min(size[0] / width, size[1] / height), least, most)
+    new_size = (max(1, round(width * zoom)), max(1, round(height * zoom)))
+    # INTER_AREA: scaling down in any other way drops lines of pixels, and the text with them
+    return cv2.resize(picture, new_size, interpolation=cv2.INTER_AREA)
 
 
 def get_lines(best, ms, random):
@@ -713,13 +682,8 @@ def has_display():
 
 def show(picture):
     """Show `picture` in the window, scaled to fit the screen."""
-    height, width = picture.shape[:2]
-    zoom = min(1, MAX_WINDOW_SIZE[0] / width, MAX_WINDOW_SIZE[1] / height)
-    if zoom < 1:  # a window that scales by itself drops lines of pixels, and the text with them
-        size = (max(1, round(width * zoom)), max(1, round(height * zoom)))
-        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
     cv2.namedWindow(WINDOW, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
-    cv2.imshow(WINDOW, picture)
+    cv2.imshow(WINDOW, fit(picture, MAX_WINDOW_SIZE))
 
 
 def window_closed(milliseconds):
@@ -735,6 +699,7 @@ def classify_picture(path, classify, output, window):
     picture = read_picture(path)
     best, ms = classify(picture)
     print_answer(path, best, ms, classify.random)
+    picture = fit(picture, MIN_RESULT_SIZE, least=1.0, most=20.0)
     result = annotate(picture, get_lines(best, ms, classify.random))
     output.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.haveImageWriter(str(output)):
@@ -755,7 +720,6 @@ def classify_video(kind, source, classify, output, window):
     output: None if nothing is to be saved. A key or Ctrl-C ends it; what is saved is whole.
     """
     capture = cv2.VideoCapture(int(source) if kind == "camera" else source)
-    promised = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     read, frame = capture.read()
     if not read:
         hint = "is it connected?" if kind == "camera" else "the file may be truncated"
@@ -768,7 +732,7 @@ def classify_video(kind, source, classify, output, window):
             best, ms = classify(frame)
             lines = get_lines(best, ms, classify.random)
             fps = (frames + 1) / (time.perf_counter() - start)
-            result = annotate(frame, [*lines, f"{fps:.1f} frames per second"], grow=False)
+            result = annotate(frame, [*lines, f"{fps:.1f} frames per second"])
             if writer is not None:
                 writer.write(result)
             frames += 1
@@ -783,7 +747,8 @@ def classify_video(kind, source, classify, output, window):
     except KeyboardInterrupt:
         interrupted = True
     fps = frames / (time.perf_counter() - start)
-    print(f"{source}: {frames} of {max(promised, frames)} frames, {fps:.1f} frames per second")
+    promised = max(frames, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    print(f"{source}: {frames} of {promised} frames, {fps:.1f} frames per second")
     if writer is not None:
         writer.release()
         # VideoWriter doesn't report a full disk. Ctrl-C may come between a write and its count.

@@ -32,7 +32,6 @@ from classification import (  # noqa: F401 (for the other scripts)
     parse_bool,
     parse_preprocessing,
     positive_int,
-    read_labels,
     read_lines,
     read_onnx,
     read_picture,

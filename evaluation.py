@@ -118,7 +118,7 @@ def read_class_folders(root):
 
 def read_val_file(path, root):
     """[(path of the picture, class ID)] from a file like ImageNet's val.txt: lines of "name ID"."""
-    lines = read_lines(path, "--img_cls_file takes lines of 'name class-ID'")
+    lines = read_lines(path)
     pictures = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -37,7 +37,7 @@ from common import (
     parse_bool,
     positive_int,
     read_config,
-    read_labels,
+    read_lines,
     read_picture,
     run,
     to_options,
@@ -185,7 +185,7 @@ def check_request(args, config, module_config):
             "an evaluation takes square frames: give --frame_size, not --frame_width and "
             "--frame_height"
         )
-    read_labels(module_config.classes)
+    read_lines(module_config.classes)
     if args.test and not Path(module_config.test_module_path).is_file():
         raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")
     picture = read_picture(module_config.input_img)
@@ -266,7 +266,7 @@ def get_converted(network, config, picture, preprocessing, args):
             network = load_network(network.name, network.weights, args.frame_size)
         references = get_references(network.model, blob)
     count = converted.classes if converted else references[0][2].shape[1]
-    labels = fit_labels(read_labels(config.classes), args.classes, count)
+    labels = fit_labels(read_lines(config.classes), args.classes, count)
     if converted is None and config.model:
         try:
             converted = Converted(path, verify(path, references), count)

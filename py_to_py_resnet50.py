@@ -18,7 +18,7 @@ from common import (
     NetworksDisagree,
     OneLineParser,
     find_bundled,
-    read_labels,
+    read_lines,
     read_picture,
     run,
     whole_file,
@@ -69,7 +69,7 @@ def get_preprocessed_img(img_path):
 
 def get_imagenet_labels():
     """The 1000 class names."""
-    return read_labels(find_bundled(TestClsModuleConfig().classes))
+    return read_lines(find_bundled(TestClsModuleConfig().classes))
 
 
 def get_opencv_dnn_prediction(opencv_net, preproc_img):
