@@ -53,10 +53,6 @@ INERT_TYPES = [
     *(type(np.dtype(code)) for code in "?bhilqBHILQefdU"),
 ]  # fmt: skip
 
-PLAIN_TYPES = (
-    "float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64"
-)  # fmt: skip
-
 
 @dataclass
 class Weights:
@@ -217,14 +213,24 @@ def get_preprocessing(name, weights):
     """The tutorial's Preprocessing with the sizes, mean and std that torchvision gives."""
     transforms = get_transforms(name, weights)
     (crop,), (resize,) = transforms.crop_size, transforms.resize_size
-    return replace(
-        Preprocessing(**read_config(pytorch_resize_input_blob)),
-        mean=tuple(float(f"{255 * value:g}") for value in transforms.mean),
-        std=tuple(transforms.std),
-        width=crop,
-        height=crop,
-        initial_width=resize,
-        initial_height=resize,
+    return adapt_preprocessing(transforms.mean, transforms.std, crop, crop, resize / crop)
+
+
+def adapt_preprocessing(mean, std, width, height, resize):
+    """The tutorial's Preprocessing for another size, px, and other normalization.
+
+    mean, std: for pixels from 0 to 1. resize: the size before the crop, over the size after it.
+    """
+    return Preprocessing(
+        **read_config(pytorch_resize_input_blob)
+        | {
+            "mean": tuple(float(f"{255 * value:g}") for value in mean),
+            "std": tuple(std),
+            "width": width,
+            "height": height,
+            "initial_width": int(width * resize + 1e-6),
+            "initial_height": int(height * resize + 1e-6),
+        }
     )
 
 
@@ -243,15 +249,7 @@ def get_own_preprocessing(name, model):
     print(f"{name}: preprocessing from the network's pretrained_cfg")
     if config.get("interpolation", "bilinear") != "bilinear":
         print(f"{name}: wants {config['interpolation']} resizing; OpenCV resizes bilinearly")
-    return replace(
-        Preprocessing(**read_config(pytorch_resize_input_blob)),
-        mean=tuple(float(f"{255 * value:g}") for value in config["mean"]),
-        std=tuple(config["std"]),
-        width=width,
-        height=height,
-        initial_width=int(width / part),
-        initial_height=int(height / part),
-    )
+    return adapt_preprocessing(config["mean"], config["std"], width, height, 1 / part)
 
 
 def scale_frame(preprocessing, frame_size):
@@ -315,8 +313,6 @@ def build_own_network(name):
         raise RequestError(
             f"--model_name {name}: returns {type(model).__name__}, not a torch.nn.Module"
         )
-    if not all(is_plain(value) for value in model.state_dict().values()):
-        raise RequestError(f"--model_name {name}: holds more than plain tensors of numbers")
     return model
 
 
@@ -390,6 +386,8 @@ def load_weights(name, path, frame_size=224):
     The head of torchvision's networks is sized by the file. Raises RequestError if the file is
     damaged, holds no state dict, or another network's.
     """
+    import torch
+
     own = is_own(name)
     model = build_network(name) if own else build_empty_network(name)
     state = find_state_dict(read_checkpoint(path), model.state_dict().keys(), path)
@@ -398,12 +396,15 @@ def load_weights(name, path, frame_size=224):
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
         problem = ", ".join(
-            f"{what} key {keys[0]}" + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "")
+            f"{what} key {keys[0]} (and {len(keys) - 1} more)"
             for what, keys in (("missing", missing), ("unexpected", unexpected))
             if keys
         )
-    except RuntimeError as error:  # of shapes
-        problem = str(error).split("\n\t")[1][:200]
+        for key in state if not problem else []:
+            if state[key].is_complex() or not torch.isfinite(state[key]).all():
+                problem = f"{key} isn't a tensor of finite numbers"
+    except Exception as error:  # of shapes, or of tensors that aren't plain numbers
+        problem = str(error).strip().split("\n\t")[-1][:200]
     if problem:
         raise RequestError(f"{path}: not the weights of {name}: {problem}")
     return model.float().eval()
@@ -459,9 +460,6 @@ def find_state_dict(checkpoint, own_keys, path):
     if len(fitting) > 1:
         print(f"{path}: weights in {' and '.join(fitting)}: taking {fitting[0]}")
     _, _, state, prefix, metadata = min(found, key=lambda item: item[0])  # the first of equals
-    for key, value in state.items():
-        if not is_plain(value) or not torch.isfinite(value).all():
-            raise RequestError(f"{path}: {key} isn't a tensor of finite numbers")
     # Modules read older files by the versions in here; MNASNet demands one (2 in torchvision 0.29).
     state = OrderedDict(state)
     state._metadata = {"": {"version": 2}}
@@ -495,20 +493,6 @@ def rename(key):
     in the same way.
     """
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", str(key))
-
-
-def is_plain(value):
-    """Whether it is a tensor of numbers on the CPU, each with memory of its own."""
-    import torch
-
-    return (
-        torch.is_tensor(value)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and str(value.dtype).removeprefix("torch.") in PLAIN_TYPES
-        and not (value.is_nested or value.is_neg() or value.is_conj())
-        and value.nbytes <= value.untyped_storage().nbytes()
-    )
 
 
 def get_num_classes(name, state):

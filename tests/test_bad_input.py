@@ -21,7 +21,8 @@ def cut(source, target, size):
 
 
 @pytest.mark.parametrize(
-    "size, words", [(None, "no such file"), (0, "truncated"), (100, "truncated"), (60_000, "truncated")]
+    "size, words",
+    [(None, "no such file"), *((n, "truncated") for n in (0, 100, 60_000))],
 )
 def test_picture(run, model, folder, size, words):
     if size is not None:
