@@ -149,7 +149,7 @@ def finite(text):
         number = float(text)
     except ValueError:
         number = np.nan
-    if not abs(number) <= np.finfo(np.float32).max:
+    if not abs(number) <= float(np.finfo(np.float32).max):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number")
     return number
 
@@ -371,7 +371,8 @@ def read_zoo(path):
     try:
         storage = cv2.FileStorage(check_name(str(path)), cv2.FILE_STORAGE_READ)
         entries = read_node(storage.root())
-    except (cv2.error, SystemError):  # SystemError: from the constructor, in OpenCV 4.10 to 5.0
+    # SystemError: from the constructor, in OpenCV 4.10 to 5.0; ValueError: texts that aren't UTF-8
+    except (cv2.error, SystemError, ValueError):
         entries = None
     if not isinstance(entries, dict):
         raise RequestError(
@@ -570,6 +571,8 @@ def get_classifier(args, model, zoo, entry):
     if classes is None and (name := entry.get("labels", entry.get("classes"))):
         classes = find_beside(zoo, name)
     labels = read_lines(classes or BUNDLED_LABELS) if classes or BUNDLED_LABELS.is_file() else []
+    if labels and not classes:
+        print(f"class names: ImageNet's, if there are {len(labels)}; --classes names others")
     preprocessing = get_preprocessing(args, zoo, entry)
     random = entry.get("weights") == RANDOM or Path(model).stem.endswith(RANDOM_SUFFIX)
     net = read_net(model, entry, args)

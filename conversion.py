@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import platform
 import shutil
 import tempfile
 import traceback
@@ -77,7 +78,7 @@ def find_network(name, weights, models_dir):
         about = read_metadata(path)
         try:
             found = Weights(about["weights_kind"], about["weights"], weights.path)
-            found.sha256, found.default = about["weights_sha256"], default
+            found.sha256, found.default, found.key = about["weights_sha256"], default, weights.key
             if weights.kind == "torchvision":
                 found.path = checkpoints_dir() / about["weights_file"]
             preprocessing = json.loads(about["preprocessing"])
@@ -123,6 +124,7 @@ def get_onnx_path(name, weights, models_dir):
         stem += RANDOM_SUFFIX
     elif weights.kind == "file" or (weights.kind == "torchvision" and not weights.default):
         stem += f"-{get_alias(Path(weights.name).stem)}"
+        stem += f"-{get_alias(weights.key)}" if weights.key else ""
         stem += "-weights" if stem.endswith(RANDOM_SUFFIX) else ""  # a file called random.pth
     return Path(models_dir) / f"{stem}.onnx"
 
@@ -142,6 +144,7 @@ def get_key(network, blob_shape):
         "network": network.name,
         "weights": network.weights.name,
         "weights_kind": network.weights.kind,
+        "weights_key": network.weights.key,
         "weights_sha256": network.weights.sha256,
         "seed": str(SEED),
         "input": "x".join(map(str, blob_shape[1:])),
@@ -211,10 +214,26 @@ def folder_beside(path):
     """A temporary folder beside `path`; RequestError if nothing can be written there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
+        remove_abandoned(path.parent)
+        prefix = f".{path.stem}.{platform.node()}.{os.getpid()}."
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder:
             yield Path(folder)
     except OSError as error:
         raise RequestError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def remove_abandoned(parent):
+    """Remove the temporary folders of this machine's conversions that were killed."""
+    if os.name != "posix":  # os.kill would end the process instead of asking for it
+        return
+    for folder in parent.glob(f".*.{platform.node()}.*.*"):
+        pid = folder.name.split(".")[-2]
+        try:
+            os.kill(int(pid) if pid.isdecimal() else 0, 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:  # another user's
+            continue
 
 
 def export_by_torchscript(model, path, blob_shape):

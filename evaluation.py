@@ -102,17 +102,32 @@ def read_class_folders(root):
 
     The layout of torchvision.datasets.ImageFolder: pictures may be deeper inside.
     """
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    classes = [name for name in names if not name.startswith(".")]
+    if len(classes) < len(names):
+        print(f"{root}: skipping hidden folders, {', '.join(sorted({*names} - {*classes}))}")
     pictures = []
+    real_root = os.path.realpath(root)
+    seen = {os.path.realpath(os.path.join(root, name)) for name in classes}
     for class_id, name in enumerate(classes):
-        for folder, subfolders, files in os.walk(os.path.join(root, name), followlinks=True):
-            subfolders.sort()
+        top = os.path.join(root, name)
+        for folder, subfolders, files in os.walk(top, followlinks=True):
+            real = os.path.realpath(folder)
+            # a link to a folder that was visited, or to one above: its pictures count once
+            if folder != top and (real in seen or os.path.commonpath([real, real_root]) == real):
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             pictures += [
                 (os.path.join(folder, f), class_id) for f in sorted(files) if is_picture_name(f)
             ]
     if not pictures:
         raise RequestError(f"{root}: no pictures and no folders of pictures in it")
-    print(f"{root}: folder {classes[0]} is class 0, ..., {classes[-1]} is class {len(classes) - 1}")
+    print(
+        f"{root}: {len(pictures)} pictures in {len(classes)} classes: folder {classes[0]} is class "
+        f"0, ..., {classes[-1]} is class {len(classes) - 1}"
+    )
     return pictures
 
 
@@ -151,12 +166,13 @@ def get_data_fingerprint(pictures, root):
     data, times = hashlib.sha256(), hashlib.sha256()
     for path, class_id in pictures:
         name = os.path.relpath(path, root)
-        size = time_ns = None
+        size = times_ns = None
         if os.path.isfile(path):
             status = os.stat(path)
-            size, time_ns = status.st_size, status.st_mtime_ns
+            # st_ctime_ns: nobody can set it back, as cp --preserve does with the time of change
+            size, times_ns = status.st_size, (status.st_mtime_ns, status.st_ctime_ns)
         data.update(f"{name}\n{size}\n{class_id}\n".encode(errors="surrogateescape"))
-        times.update(f"{time_ns}\n".encode())
+        times.update(f"{times_ns}\n".encode())
     return {"data_sha256": data.hexdigest(), "data_times_sha256": times.hexdigest()}
 
 

@@ -8,8 +8,9 @@ reported at once, and a network that was converted before needs no torch at all.
 """
 
 import argparse
+import contextlib
 import http.client
-import importlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -63,6 +64,7 @@ class Weights:
     path: Path | None = None  # the file
     sha256: str = ""  # of the file
     default: bool = False  # whether they are torchvision's first for the network
+    key: str = ""  # of the state dict in the file; "" for the first that fits
 
 
 @dataclass
@@ -101,7 +103,7 @@ def load_network(name, weights, frame_size=None, or_random=True):
                 "--model_name MODULE:FUNCTION",
                 file=sys.stderr,
             )
-        model = load_weights(name, weights.path, size)
+        model = load_weights(name, weights.path, size, weights.key)
     preprocessing = preprocessing or get_own_preprocessing(name, model)
     assumed = preprocessing is None
     preprocessing = preprocessing or Preprocessing(**read_config(pytorch_resize_input_blob))
@@ -122,12 +124,15 @@ def is_own(name):
 # --- which weights --------------------------------------------------------------------------------
 
 
-def parse_weights(name, text):
-    """The Weights that --weights asks for (None: the default ones)."""
+def parse_weights(name, text, key=None):
+    """The Weights that --weights (None: the default ones) and --weights_key ask for."""
+    if key and not (text and Path(text).is_file()):
+        raise RequestError("--weights_key needs --weights FILE: it names a state dict in a file")
     if text and text.lower() == RANDOM:
         return Weights("random", RANDOM)
     if text and Path(text).is_file():
-        return Weights("file", Path(text).name, Path(text), get_digest(text, "sha256"))
+        digest = get_digest(text, "sha256")
+        return Weights("file", Path(text).name, Path(text), digest, key=key or "")
     if not is_own(name):
         return Weights("torchvision", (text or "").upper(), default=not text)
     if text:
@@ -164,8 +169,19 @@ def find_torchvision_weights(name, weights, or_random):
             flush=True,
         )
         return Weights("random", RANDOM)
+    sha256 = get_digest(path, "sha256")
+    if not sha256.startswith(get_hash_prefix(path)):
+        raise RequestError(
+            f"{path}: not the file that torchvision offers under this name: delete it to download "
+            "it again, or rename it and give it with --weights"
+        )
     default = entry == next(iter(known.values()))
-    return Weights("torchvision", entry.name, path, get_digest(path, "sha256"), default)
+    return Weights("torchvision", entry.name, path, sha256, default)
+
+
+def get_hash_prefix(path):
+    """The start of the SHA-256 that torchvision's file names end in: resnet50-0676ba61.pth"""
+    return path.stem.rpartition("-")[2]
 
 
 def get_torchvision_weights(name):
@@ -190,9 +206,8 @@ def download(url, path):
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub has no time limit
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # torchvision's file names end in the start of their SHA-256: resnet50-0676ba61.pth
-        prefix = path.stem.rpartition("-")[2]
-        torch.hub.download_url_to_file(url, str(path), prefix, progress=sys.stderr.isatty())
+        prefix, progress = get_hash_prefix(path), sys.stderr.isatty()
+        torch.hub.download_url_to_file(url, str(path), prefix, progress)
     # RuntimeError: the hash doesn't fit; HTTPException: the answer isn't HTTP
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         raise RequestError(f"{path.name}: {getattr(error, 'reason', error)}") from None
@@ -380,7 +395,7 @@ def build_random_network(name, frame_size):
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def load_weights(name, path, frame_size=224):
+def load_weights(name, path, frame_size=224, weights_key=""):
     """The network with the weights of a checkpoint file, in eval mode.
 
     The head of torchvision's networks is sized by the file. Raises RequestError if the file is
@@ -390,7 +405,7 @@ def load_weights(name, path, frame_size=224):
 
     own = is_own(name)
     model = build_network(name) if own else build_empty_network(name)
-    state = find_state_dict(read_checkpoint(path), model.state_dict().keys(), path)
+    state = find_state_dict(read_checkpoint(path), model.state_dict().keys(), path, weights_key)
     if not own:
         model = build_empty_network(name, frame_size, num_classes=get_num_classes(name, state))
     try:
@@ -414,33 +429,43 @@ def read_checkpoint(path):
     """What torch.load finds in a checkpoint file; RequestError if it isn't one, or may run code."""
     import torch
 
+    if str(path).endswith(".safetensors") and importlib.util.find_spec("safetensors") is None:
+        raise RequestError(f"{path}: to read it, pip install safetensors")
+    types = []
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(INERT_TYPES):
             warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
+            with contextlib.suppress(Exception):  # not a ZIP file, for instance
+                types = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             # weights_only: a pickle can run any code, and a downloaded file is a stranger's
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types for files that aren't its own
+        reason = "truncated, another format, or more than tensors in it, which could run code"
+        if types:
+            reason = f"more than tensors in it, {', '.join(sorted(types))[:200]}, could run code"
         raise RequestError(
-            f"{path}: can't be read ({type(error).__name__}): truncated, another format, or more "
-            "than tensors in it (a whole model, for instance), which could run code; download it "
-            "again, save one with torch.save(model.state_dict(), FILE), or load it yourself in a "
-            "--model_name MODULE:FUNCTION"
+            f"{path}: can't be read ({type(error).__name__}): {reason}; download it again, save "
+            "one with torch.save(model.state_dict(), FILE), or load it yourself in a --model_name "
+            "MODULE:FUNCTION"
         ) from None
 
 
-def find_state_dict(checkpoint, own_keys, path):
+def find_state_dict(checkpoint, own_keys, path, weights_key=""):
     """The network's state dict in a checkpoint, as an OrderedDict with its metadata.
 
     It is the first dictionary, the checkpoint itself or one in it, whose keys, less one common
     prefix, are the network's: training scripts wrap state dicts in larger dictionaries, and
     DataParallel, torch.compile and Lightning put "module.", "_orig_mod." and "model." before each
-    key. If none fits, the one with most keys in common, for load_state_dict's message.
+    key. If none fits, the one with most keys in common, for load_state_dict's message. With a
+    `weights_key` it is the dictionary of that key.
     """
     import torch
 
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     found = []
     for key, state in {"": checkpoint, **checkpoint}.items():
+        if weights_key and key != weights_key:
+            continue
         if not isinstance(state, dict) or not any(map(torch.is_tensor, state.values())):
             continue
         state, metadata = dict(state), getattr(state, "_metadata", None)
@@ -453,12 +478,15 @@ def find_state_dict(checkpoint, own_keys, path):
         unknown = [k for k in state.keys() ^ set(own_keys) if not k.endswith("num_batches_tracked")]
         found.append((len(unknown), key, state, prefix, metadata))
     if not found:
+        keys = f", only {', '.join(map(str, checkpoint))[:200]}" if checkpoint else ""
+        what = f"no state dict '{weights_key}'" if weights_key else "no state dict"
         raise RequestError(
-            f"{path}: no state dict in it; save one with torch.save(model.state_dict(), FILE)"
+            f"{path}: {what} in it{keys}; save one with torch.save(model.state_dict(), FILE)"
         )
     fitting = [f"'{key}'" for unknown, key, *_ in found if not unknown]
     if len(fitting) > 1:
-        print(f"{path}: weights in {' and '.join(fitting)}: taking {fitting[0]}")
+        names = " and ".join(fitting)
+        print(f"{path}: weights in {names}: taking {fitting[0]}; --weights_key takes another")
     _, _, state, prefix, metadata = min(found, key=lambda item: item[0])  # the first of equals
     # Modules read older files by the versions in here; MNASNet demands one (2 in torchvision 0.29).
     state = OrderedDict(state)
@@ -528,6 +556,20 @@ def run_pytorch(model, blob, memory_format=None):
     shape = tuple(logits.shape) if torch.is_tensor(logits) else ()
     if len(shape) != 2 or shape[0] != len(blob) or not shape[1] or logits.dtype != torch.float32:
         raise RequestError(
-            "not a classifier: the output isn't a float32 tensor of shape (batch, classes)"
+            f"not a classifier: forward returns {describe_output(logits)}, not a float32 tensor of "
+            "shape (batch, classes); give a MODULE:FUNCTION that wraps it in a module whose "
+            "forward returns the logits"
         )
     return logits.numpy()
+
+
+def describe_output(output):
+    """What a forward returns: its type, and the shapes of the tensors in it."""
+    if hasattr(output, "shape"):
+        return f"a {str(output.dtype).removeprefix('torch.')} tensor of shape {tuple(output.shape)}"
+    if isinstance(output, (tuple, list)):
+        named = enumerate(output)
+    else:
+        named = (output if isinstance(output, dict) else getattr(output, "__dict__", {})).items()
+    shapes = [f"{name} {tuple(value.shape)}" for name, value in named if hasattr(value, "shape")]
+    return f"{type(output).__name__}" + (f" with {', '.join(shapes)}"[:200] if shapes else "")

@@ -121,6 +121,9 @@ def get_parser():
         help="torchvision's name of the weights (IMAGENET1K_V1, DEFAULT ...), a checkpoint file "
         "with any number of classes, or 'random' (default: torchvision's first for the network, "
         "IMAGENET1K_V1 for almost all; for MODULE:FUNCTION, the ones it returns)")
+    add("--weights_key", metavar="KEY",
+        help="which of several state dicts in a checkpoint file, model_ema for instance (default: "
+        "the first that fits)")
     add("--default_img_preprocess", default=True, **yes_no,
         help="test mode: prepare the picture as the network wants it (True), or as "
         "TestClsModuleConfig says (False); options win over both (default: True)")
@@ -185,6 +188,16 @@ def check_request(args, config, module_config):
             "an evaluation takes square frames: give --frame_size, not --frame_width and "
             "--frame_height"
         )
+    unused = []
+    if args.evaluate and not args.test:
+        unused = ["crop", "rgb"]
+    if args.preprocess == "torchvision":
+        unused += ["bgr_to_rgb"]
+        unused += [] if args.test else ["scale", "mean", "std", "rsz_width", "rsz_height"]
+    for name in unused:
+        if getattr(args, name) is not None:
+            how = f" with --preprocess {args.preprocess}" if args.preprocess != "tutorial" else ""
+            raise RequestError(f"--{name} has no effect on an evaluation{how}; leave it out")
     read_lines(module_config.classes)
     if args.test and not Path(module_config.test_module_path).is_file():
         raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")
@@ -225,7 +238,7 @@ def list_models():
 
 def get_network(args, or_random):
     """The Network of the command line; without its module if its converted file will do."""
-    weights = parse_weights(args.model_name, args.weights)
+    weights = parse_weights(args.model_name, args.weights, args.weights_key)
     network = None if args.evaluate else find_network(args.model_name, weights, MODELS_DIR)
     if network is None:
         check_model_name(args.model_name)
@@ -267,6 +280,9 @@ def get_converted(network, config, picture, preprocessing, args):
         references = get_references(network.model, blob)
     count = converted.classes if converted else references[0][2].shape[1]
     labels = fit_labels(read_lines(config.classes), args.classes, count)
+    assumed = labels and not args.classes and network.weights.kind in ("file", "own")
+    if assumed and converted is None:
+        print(f"NOTE: assuming that the {count} classes are ImageNet's; --classes names others")
     if converted is None and config.model:
         try:
             converted = Converted(path, verify(path, references), count)

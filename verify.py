@@ -6,8 +6,10 @@ OpenCV, and Python with it. That process is this script:
     python verify.py resnet50.onnx new < blobs.npz > logits.npz
 """
 
+import ctypes
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -218,6 +220,9 @@ def verify(onnx_path, references):
 def main():
     if len(sys.argv) != 3:
         raise RequestError("takes MODEL ENGINE < BLOBS > LOGITS; a conversion starts it by itself")
+    if sys.platform.startswith("linux"):  # end with the conversion, even if that is killed
+        pr_set_pdeathsig = 1  # <linux/prctl.h>
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     answer_blobs(*sys.argv[1:])
     return 0
 

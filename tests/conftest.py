@@ -1,8 +1,10 @@
 """Most tests call a script's main() in the test's process, in an empty folder, without a display
 and without network; the others start a process as a user does."""
 
+import hashlib
 import importlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -169,6 +171,28 @@ def weights(squeezenet, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "trained.pth"
     torch.save(squeezenet.state_dict(), path)
     return path
+
+
+@pytest.fixture
+def put_weights(env, monkeypatch):
+    """put_weights(path): make a file torchvision's default weights of squeezenet1_1, downloaded.
+
+    They are the only ones in its cache, under a name that ends in their hash, as its own do.
+    """
+    from torchvision import models
+
+    def put(path):
+        cache = Path(env["TORCH_HOME"]) / "hub" / "checkpoints"
+        shutil.rmtree(cache, ignore_errors=True)
+        cache.mkdir(parents=True)
+        content = Path(path).read_bytes()
+        cached = cache / f"squeezenet1_1-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+        cached.write_bytes(content)
+        entry = models.SqueezeNet1_1_Weights.IMAGENET1K_V1.value
+        monkeypatch.setattr(entry, "url", f"https://example.com/{cached.name}")
+        return cached
+
+    return put
 
 
 @pytest.fixture(scope="session")

@@ -281,3 +281,20 @@ def test_folder_that_cannot_be_written(run, folder, weights):
 def test_picture_for_the_walk_through(run, folder):
     check_one_line(run("py_to_py_resnet50.py", "--input_img", "nope.jpg"), "nope.jpg")
     check_nothing_written(folder)
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ("--crop True", "--crop"),
+        ("--rgb False", "--rgb"),
+        ("--preprocess torchvision --mean 1 2 3", "--mean"),
+        ("--preprocess torchvision --std 1 2 3", "--std"),
+        ("--preprocess torchvision --scale 2", "--scale"),
+        ("--preprocess torchvision --rsz_width 300 --rsz_height 300", "--rsz_width"),
+        ("--preprocess torchvision --bgr_to_rgb False", "--bgr_to_rgb"),
+    ],
+)
+def test_options_without_effect_are_refused(run, options, name):
+    result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options.split())
+    check_one_line(result, f"{name} has no effect")

@@ -279,6 +279,32 @@ def test_other_settings_take_nothing_over(folder, env, command):
     assert not list(folder.glob("logs/*.state"))
 
 
+def test_class_folders_with_links_and_hidden_folders(folder, capsys):
+    """Each real folder counts once; a hidden folder isn't a class and doesn't shift the others."""
+    from evaluation import read_class_folders
+
+    for name in (
+        ".ipynb_checkpoints/x.jpg",
+        "a/1.jpg",
+        "a/deep/2.jpg",
+        "a/.cache/y.jpg",
+        "b/3.jpg",
+    ):
+        (folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "set" / name).touch()
+    os.symlink("..", folder / "set" / "a" / "loop")
+    os.symlink("../..", folder / "set" / "b" / "up")
+    os.symlink("../a/deep", folder / "set" / "b" / "again")
+    found = read_class_folders(str(folder / "set"))
+    assert [(os.path.basename(path), label) for path, label in found] == [
+        ("1.jpg", 0),
+        ("2.jpg", 0),
+        ("3.jpg", 1),
+    ]
+    out = capsys.readouterr().out
+    assert "3 pictures in 2 classes" in out and ".ipynb_checkpoints" in out
+
+
 def test_fingerprint_of_the_data(folder):
     """Changed pictures of the same names and sizes are other data to go on with."""
     from evaluation import get_data_fingerprint
@@ -286,7 +312,10 @@ def test_fingerprint_of_the_data(folder):
     shutil.copy(PICTURES / "koala.jpg", folder)
     pictures = [(str(folder / "koala.jpg"), 105)]
     before = get_data_fingerprint(pictures, folder)
-    os.utime(folder / "koala.jpg")
+    status = os.stat(folder / "koala.jpg")
+    # another picture of the same size, and its times set back
+    (folder / "koala.jpg").write_bytes(bytes(status.st_size))
+    os.utime(folder / "koala.jpg", ns=(status.st_atime_ns, status.st_mtime_ns))
     after = get_data_fingerprint(pictures, folder)
     assert after["data_sha256"] == before["data_sha256"]
     assert after["data_times_sha256"] != before["data_times_sha256"]

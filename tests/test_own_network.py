@@ -1,8 +1,10 @@
 """The user's own weights, and the user's own architecture."""
 
 import argparse
+import json
 import pathlib
 import re
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -12,6 +14,7 @@ from conftest import PICTURES, check_one_line, read_answer
 from torchvision import models
 
 from common import NetworksDisagree, Preprocessing, RequestError
+from conversion import get_onnx_path
 from networks import (
     Weights,
     build_network,
@@ -19,6 +22,7 @@ from networks import (
     load_network,
     load_weights,
     parse_weights,
+    run_pytorch,
     scale_frame,
 )
 from verify import get_references, verify
@@ -176,6 +180,41 @@ def test_which_of_two_weights_is_taken_is_said(tmp_path, seven, capsys):
     torch.save({"state_dict": seven.state_dict()}, path)
     load_weights("squeezenet1_1", path)
     assert capsys.readouterr().out == ""
+
+
+def test_weights_key_chooses(tmp_path, seven, capsys):
+    path = tmp_path / "my.pth"
+    checkpoint = reference_script(seven)
+    torch.save(checkpoint, path)
+    model = load_weights("squeezenet1_1", path, weights_key="model_ema")
+    expected = checkpoint["model_ema"]["module.classifier.1.bias"]
+    assert torch.equal(model.classifier[1].bias, expected)
+    assert not torch.equal(expected, seven.classifier[1].bias)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(RequestError, match="no state dict 'ema' in it, only model, optimizer"):
+        load_weights("squeezenet1_1", path, weights_key="ema")
+    both = [parse_weights("squeezenet1_1", str(path), key) for key in (None, "model_ema")]
+    names = [get_onnx_path("squeezenet1_1", weights, "models").name for weights in both]
+    assert names == ["squeezenet1_1-my.onnx", "squeezenet1_1-my-model_ema.onnx"]
+    with pytest.raises(RequestError, match="--weights_key needs --weights FILE"):
+        parse_weights("squeezenet1_1", None, "model_ema")
+
+
+def test_safetensors(monkeypatch, tmp_path, seven):
+    """The file written here by its specification: length, JSON, tensors."""
+    header, data = {}, b""
+    for key, value in seven.state_dict().items():
+        content = value.contiguous().numpy().tobytes()
+        offsets = [len(data), len(data) + len(content)]
+        header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": offsets}
+        data += content
+    text = json.dumps(header).encode()
+    path = tmp_path / "my.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    check_loaded(path, seven)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match="pip install safetensors"):
+        load_weights("squeezenet1_1", path)
 
 
 def test_another_architecture_names_the_keys(tmp_path, seven):
@@ -417,8 +456,8 @@ def test_own_architecture_that_cannot_be_built(tmp_path, monkeypatch, name, word
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("Two", "not a classifier: the output isn't a float32 tensor"),
-        ("Double", "not a classifier: the output isn't a float32 tensor"),
+        ("Two", "not a classifier: forward returns"),
+        ("Double", "not a classifier: forward returns a float64 tensor of shape"),
         ("Blind", "prove nothing"),
     ],
 )
@@ -468,3 +507,26 @@ def test_an_engine_that_is_wrong_is_named_with_the_figures(model, small):
     assert str(caught.value).count("relative error 1.0e-03") == 2
     for engine in ("new", "classic"):
         assert f"{engine} engine: wrong on {name}: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "output, words",
+    [
+        ((torch.zeros(1, 7), torch.zeros(1, 3)), "tuple with 0 (1, 7), 1 (1, 3)"),
+        ({"out": torch.zeros(1, 7), "n": 3}, "dict with out (1, 7)"),
+        (
+            SimpleNamespace(logits=torch.zeros(1, 7), loss=None),
+            "SimpleNamespace with logits (1, 7)",
+        ),
+        (torch.zeros(1, 7, 4, 4), "a float32 tensor of shape (1, 7, 4, 4)"),
+        (None, "NoneType"),
+    ],
+)
+def test_output_that_is_not_logits_is_described(output, words):
+    class Other(torch.nn.Module):
+        def forward(self, x):
+            return output
+
+    with pytest.raises(RequestError, match="wraps it in a module") as caught:
+        run_pytorch(Other(), np.zeros((1, 3, 8, 8), np.float32))
+    assert f"forward returns {words}, not a float32 tensor" in str(caught.value)

@@ -2,11 +2,15 @@
 
 import copy
 import dataclasses
+import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -31,14 +35,6 @@ from verify import get_references
 RED_PANDA = PICTURES / "red_panda.jpg"
 LABELLED = [line.split() for line in (PICTURES / "val.txt").read_text().splitlines()]
 CACHED = "squeezenet1_1-b8a52dc0.pth"  # what torchvision calls its weights
-
-
-@pytest.fixture
-def cache(env, tmp_path):
-    """The folder of torchvision's downloaded weights."""
-    cache = tmp_path / "torch_home" / "hub" / "checkpoints"
-    cache.mkdir(parents=True)
-    return cache
 
 
 @pytest.fixture
@@ -162,10 +158,10 @@ def test_an_error_of_the_process(start, folder, script):
 
 
 def test_test_mode_and_conversion(
-    run, start_importtime, folder, cache, weights, squeezenet, get_logits
+    run, start_importtime, folder, put_weights, weights, squeezenet, get_logits
 ):
     """Cached weights: converted once, again for other weights only; any batch size."""
-    shutil.copy(weights, cache / CACHED)
+    put_weights(weights)
     options = ["--model_name", "SqueezeNet1_1", "--test", "True"]
     expected = get_logits(squeezenet, RED_PANDA, centre_crop=False)
 
@@ -215,7 +211,8 @@ def test_test_mode_and_conversion(
         net.setInput(batch[:size])
         assert np.allclose(net.forward(), reference[:size], atol=1e-4)
 
-    state = save_changed(weights, cache / CACHED)
+    state = save_changed(weights, folder / "changed.pth")
+    put_weights(folder / "changed.pth")
     third = run("py_to_py_cls.py", *options)
     assert third.returncode == 0, third.stderr
     assert "converted and verified before" not in third.stdout
@@ -587,3 +584,42 @@ def test_a_network_that_branches_on_its_input_is_refused(run, folder):
     result = run("py_to_py_cls.py", *options)
     check_one_line(result, "branches on its input", "branches.py, line 10", "< 1.9")
     assert not list(folder.glob("models/*"))
+
+
+def test_a_killed_conversion_is_swept(folder):
+    """Its folder goes with the next conversion; that of a living process stays."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (folder / f".net.{platform.node()}.{gone.pid}.abcd").mkdir()
+    living = folder / f".net.{platform.node()}.{os.getpid()}.abcd"
+    living.mkdir()
+    with conversion.folder_beside(folder / "other.onnx") as part:
+        assert {p.name for p in folder.iterdir()} == {living.name, part.name}
+    assert {p.name for p in folder.iterdir()} == {living.name}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it ends when its work is done")
+def test_the_verifying_child_ends_with_its_parent(tmp_path):
+    """The child waits for its blobs; the parent is killed while the pipe stays open."""
+    import fcntl
+    import termios
+
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+    code = "import subprocess, sys, time; "
+    code += "print(subprocess.Popen(sys.argv[1:]).pid, flush=True); time.sleep(600)"
+    child = [sys.executable, str(ROOT / "verify.py"), "x.onnx", "new"]
+    options = {"stdin": reader, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    with subprocess.Popen([sys.executable, "-c", code, *child], **options) as parent:
+        pid = int(parent.stdout.readline())
+        unread = b""
+        while unread != bytes(4):  # until it reads
+            time.sleep(0.05)
+            unread = fcntl.ioctl(writer, termios.FIONREAD, bytes(4))
+        parent.kill()
+    status = Path(f"/proc/{pid}/status")
+    deadline = time.monotonic() + 60
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.close(writer)

@@ -113,17 +113,18 @@ def test_cache_is_torchvisions(monkeypatch, changed):
 
 
 @pytest.mark.parametrize("text", [None, "imagenet1k_v1", "DEFAULT"])
-def test_cached_weights_are_taken(monkeypatch, tmp_path, weights, squeezenet, text):
-    """Without a download, whatever the file is: torchvision checked it when it came."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+def test_cached_weights_are_taken(monkeypatch, env, put_weights, weights, squeezenet, text):
+    """Without a download, but not a file that torchvision's name doesn't fit."""
+    monkeypatch.setenv("TORCH_HOME", env["TORCH_HOME"])
     monkeypatch.setattr(networks, "download", None)
-    cached = tmp_path / "hub" / "checkpoints" / CACHED
-    cached.parent.mkdir(parents=True)
-    cached.write_bytes(weights.read_bytes())
+    cached = put_weights(weights)
     network = load_network("squeezenet1_1", parse_weights("squeezenet1_1", text))
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert network.weights == Weights("torchvision", "IMAGENET1K_V1", cached, sha256, True)
     assert torch.equal(network.model.classifier[1].weight, squeezenet.classifier[1].weight)
+    torch.save(squeezenet.state_dict() | {"classifier.1.bias": torch.ones(1000)}, cached)
+    with pytest.raises(RequestError, match=f"{cached}: not the file .* delete it"):
+        load_network("squeezenet1_1", parse_weights("squeezenet1_1", text))
 
 
 def test_weights_that_are_not_the_first(monkeypatch, tmp_path):
@@ -132,6 +133,8 @@ def test_weights_that_are_not_the_first(monkeypatch, tmp_path):
     cached = tmp_path / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth"
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"weights")
+    digest = "11ad3fa6" + "0" * 56
+    monkeypatch.setattr(networks, "get_digest", lambda path, algorithm: digest)
     wanted = parse_weights("resnet50", "default")
     found = networks.find_torchvision_weights("resnet50", wanted, or_random=False)
     assert (found.name, found.path, found.default) == ("IMAGENET1K_V2", cached, False)
@@ -213,7 +216,10 @@ def write_bad_file(kind, path, weights):
         ("code in a Namespace", "more than tensors"),
         ("code in the older format", "more than tensors"),
         ("NumPy objects", "more than tensors"),
-        ("whole model", "a whole model, for instance"),
+        (
+            "whole model",
+            "torch.nn.modules.activation.ReLU, .*could run code",
+        ),
         ("tensor", "no state dict"),
         ("no tensors", "no state dict"),
         ("text", "can't be read .*another format"),
