@@ -122,21 +122,29 @@ def get_alias(name):
     return name if name[:1].isalpha() or name.startswith("_") else f"_{name}"
 
 
-def add_to_zoo(alias, onnx_path, preprocessing, engine, classes, load_info=None):
+def is_default_wrong(engines):
+    """Whether readNetFromONNX takes an engine by default that isn't among these."""
+    return "new" in available(ENGINES) and "new" not in engines
+
+
+def add_to_zoo(alias, converted, preprocessing, classes):
     """Write the entry that classification.py needs into the models.yml beside the file.
 
     In the form of the models.yml of OpenCV's samples. Other entries stay as they are, letter for
     letter. classes: the file of the class names, or None; it is copied beside the model, so that
-    you can move the folder. load_info: the file's, if it is known.
+    you can move the folder.
     The entry is called `alias`, and also like the file; random weights don't take the alias from
     trained ones.
     """
+    onnx_path, engines = converted.path, converted.engines
     path = onnx_path.parent / ZOO_NAME
     random = onnx_path.stem.endswith(RANDOM_SUFFIX)
-    new = {"load_info": load_info or get_load_info(onnx_path), "model": onnx_path.name}
-    new |= to_entry(preprocessing) | {"engine": engine, "sample": ZOO_SAMPLE}
+    new = {"load_info": converted.load_info or get_load_info(onnx_path), "model": onnx_path.name}
+    new |= to_entry(preprocessing) | {"engine": engines[0], "sample": ZOO_SAMPLE}
     new |= {"weights": RANDOM} if random else {}
-    new |= {"classes": copy_classes(classes, onnx_path)} if classes else {}
+    if classes:  # OpenCV 5's own samples read labels, older ones classes
+        name = copy_classes(classes, onnx_path)
+        new |= {"classes": name, "labels": name}
     entries = read_zoo(path) if path.exists() else {}
     holder = entries.get(alias)
     if random and isinstance(holder, dict) and holder.get("weights") != RANDOM:
@@ -144,6 +152,8 @@ def add_to_zoo(alias, onnx_path, preprocessing, engine, classes, load_info=None)
     text = path.read_text("utf-8") if path.exists() else "%YAML:1.0\n---\n"
     text = re.sub(r"^\.\.\.\s*\Z", "", text, flags=re.M)  # nothing may follow YAML's end mark
     lines = "".join(f"  {key}: {to_yaml(value)}\n" for key, value in new.items())
+    if is_default_wrong(engines):
+        lines = f"  # right with ENGINE_CLASSIC only, which isn't OpenCV's default\n{lines}"
     for name in dict.fromkeys((alias, onnx_path.stem)):
         # the older entry ends before the next line that isn't indented
         text = re.sub(rf"^{re.escape(name)} *:.*\n?(?:[ \t].*\n?|\n)*", "", text, flags=re.M)

@@ -36,10 +36,11 @@ from common import (
     get_alias,
     get_digest,
     get_load_info,
+    is_default_wrong,
     read_zoo,
 )
 from networks import Network, Weights, checkpoints_dir, is_own
-from verify import verify
+from verify import measure_rounding, verify
 
 # OpenCV 5.0.0, 4.14 and 4.10 all read it, with the same answers.
 OPSET_VERSION = 17
@@ -204,9 +205,17 @@ def convert(network, onnx_path, references):
             add_metadata(part, network, converted, sample_blob.shape)
             replace_model(onnx_path, part, network)
         print(f"{onnx_path}: converted and verified; taking the {engines[0]} engine")
+        if is_default_wrong(engines):
+            print(
+                "NOTE: OpenCV's default engine isn't right with this file, and its samples take "
+                f'that one: cv2.dnn.readNetFromONNX("{onnx_path}", engine=cv2.dnn.ENGINE_CLASSIC)'
+            )
         return converted
-    disagree = any(isinstance(error, NetworksDisagree) for error in failures)
-    raise (NetworksDisagree if disagree else RequestError)(" -- ".join(map(str, failures)))
+    reason = " -- ".join(map(str, failures))
+    if not any(isinstance(error, NetworksDisagree) for error in failures):
+        raise RequestError(reason)
+    rounding = measure_rounding(network.model, references)
+    raise NetworksDisagree(f"{reason} -- PyTorch's float32 is {rounding:.1e} from its float64")
 
 
 @contextlib.contextmanager

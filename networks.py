@@ -90,11 +90,11 @@ def load_network(name, weights, frame_size=None, or_random=True):
         weights = find_torchvision_weights(name, weights, or_random)
     preprocessing = None if is_own(name) else get_preprocessing(name, weights)
     size = frame_size or (preprocessing or Preprocessing()).width
-    if weights.kind == "own":
+    if weights.kind == "random":
+        model = build_seeded_network(name, size)
+    elif weights.kind == "own":
         print(f"{name}: using the weights the function returns it with")
         model = build_network(name).eval()
-    elif weights.kind == "random":
-        model = build_random_network(name, size)
     else:
         if weights.kind == "file" and name in BUILD_OPTIONS:
             print(
@@ -107,6 +107,9 @@ def load_network(name, weights, frame_size=None, or_random=True):
     preprocessing = preprocessing or get_own_preprocessing(name, model)
     assumed = preprocessing is None
     preprocessing = preprocessing or Preprocessing(**read_config(pytorch_resize_input_blob))
+    if weights.kind == "random":
+        scaled = scale_frame(preprocessing, frame_size)
+        calibrate(model, scaled.width, scaled.height)
     return Network(name, weights, preprocessing, model, assumed)
 
 
@@ -352,8 +355,16 @@ def build_empty_network(name, frame_size=224, **options):
         return build_network(name, frame_size, **options)
 
 
-def build_random_network(name, frame_size):
-    """The network with seeded random weights, in eval mode, such that a wrong conversion shows.
+def build_seeded_network(name, frame_size):
+    """The network with seeded random weights, in eval mode; `calibrate` makes them useful."""
+    import torch
+
+    torch.manual_seed(SEED)
+    return build_network(name, frame_size).eval()
+
+
+def calibrate(model, width, height):
+    """Change random weights such that a wrong conversion shows; pictures of width x height px.
 
     Parameters that start as one constant are shaken: with a head of zeros, as torchvision's ViT
     has it, any two networks agree, and layer scales of 1e-6 or biases of 0 hide errors behind
@@ -362,22 +373,23 @@ def build_random_network(name, frame_size):
     """
     import torch
 
-    torch.manual_seed(SEED)
-    model = build_network(name, frame_size).eval()
     # from smooth to noisy, as pictures are; the noise that verify.py compares on is among them
-    size = (frame_size, frame_size)
+    size = (height, width)
     smooth = torch.nn.functional.interpolate(torch.randn(8, 3, 6, 6), size, mode="bilinear")
     batch = smooth + torch.linspace(0, 1, 8).reshape(8, 1, 1, 1) * torch.randn(8, 3, *size)
 
-    def calibrate(batch_norm, inputs):
+    def set_statistics(batch_norm, inputs):
         # The batch's variance, but a twentieth of its mean: a deep random network that subtracts
         # the whole mean amplifies rounding errors (resnet152: to 2e-4), and errors show no better.
+        # Channels that hardly change aren't amplified either: if they are, ConvMixer's logits grow
+        # to a million, and PyTorch's float32 is 6e-3 from its own float64 (now 1e-6).
         axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
+        variance = inputs[0].var(axes)
         batch_norm.running_mean = 0.05 * inputs[0].mean(axes)
-        batch_norm.running_var = inputs[0].var(axes)
+        batch_norm.running_var = variance.clamp(min=variance.mean())
 
     hooks = [
-        module.register_forward_pre_hook(calibrate)
+        module.register_forward_pre_hook(set_statistics)
         for module in model.modules()
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
     ]
@@ -389,7 +401,6 @@ def build_random_network(name, frame_size):
         run_pytorch(model, batch.numpy())
     for hook in hooks:
         hook.remove()
-    return model
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

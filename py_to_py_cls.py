@@ -323,8 +323,7 @@ def main():
         lambda: get_converted(network, module_config, picture, preprocessing, args)
     )
     if get_rank() == 0 and not module_config.model:
-        alias, engine = get_alias(network.name), converted.engines[0]
-        add_to_zoo(alias, converted.path, preprocessing, engine, classes, converted.load_info)
+        add_to_zoo(get_alias(network.name), converted, preprocessing, classes)
     code = 0
     if args.test and get_rank() == 0:
         code = test(converted, module_config, preprocessing, classes)

@@ -6,12 +6,14 @@ OpenCV, and Python with it. That process is this script:
     python verify.py resnet50.onnx new < blobs.npz > logits.npz
 """
 
+import copy
 import ctypes
 import io
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -96,6 +98,24 @@ def get_references(model, sample_blob):
             "check the weights and the preprocessing, or try --weights random"
         )
     return references
+
+
+def measure_rounding(model, references):
+    """The relative error of PyTorch's float32 logits to its own in float64; nan if it can't tell.
+
+    OpenCV can't be expected to come closer than that.
+    """
+    import torch
+
+    errors = []
+    try:
+        exact = copy.deepcopy(model).double()
+        for _, blob, logits in references:
+            with torch.no_grad():
+                errors.append(compare_tensors(exact(torch.from_numpy(blob).double()), logits))
+    except Exception:  # code that is written for float32
+        return np.nan
+    return max(map(float, errors))
 
 
 # --- OpenCV's answer ------------------------------------------------------------------------------
@@ -189,6 +209,100 @@ def verify_engine(onnx_path, engine, references):
     return differences, seconds
 
 
+def locate(onnx_path, engine, references):
+    """One line: the first node at which an engine departs from the file's meaning.
+
+    That is what onnx's ReferenceEvaluator makes of each node. The graph is cut after a node and run
+    by the engine, and a bisection finds the first cut that is wrong. OpenCV fuses nodes, so the
+    fault may lie in how this one is fused with those before it.
+    """
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    try:
+        proto = onnx.load(onnx_path)
+        evaluator = ReferenceEvaluator(proto)
+        for _, blob, logits in references:
+            tensors = evaluator.run(None, {proto.graph.input[0].name: blob}, intermediate=True)
+            error = compare_tensors(logits, tensors[proto.graph.output[0].name])
+            if not error <= MAX_RELATIVE_ERROR:
+                return (
+                    f"the exported file itself departs from PyTorch: {error:.1e} in onnx's own run"
+                )
+            if found := bisect(proto, engine, blob, tensors):
+                return found
+    except Exception as error:  # onnx's evaluator lacks operators, and it is for diagnosis only
+        return f"first wrong node unknown: onnx can't run the file: {one_line(error)[:100]}"
+    return "first wrong node unknown: right when it is cut"
+
+
+def bisect(proto, engine, blob, tensors):
+    """The line for `locate`; None if the whole graph is right.
+
+    tensors: {name: the reference's value} of all nodes' outputs.
+    """
+    import onnx
+
+    from_input, nodes = {proto.graph.input[0].name}, []
+    for node in proto.graph.node:
+        if from_input & {*node.input}:
+            from_input.update(node.output)
+            value = tensors.get(node.output[0])
+            if getattr(value, "dtype", None) == np.float32 and value.ndim > 1:
+                nodes.append(node)
+    answers = {}
+
+    def is_right(i):
+        name = nodes[i].output[0]
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "cut.onnx")
+                onnx.save(cut_graph(proto, name, tensors[name].shape), path)
+                (output,), _ = run_engine_apart(path, engine, [blob])
+            error = compare_tensors(tensors[name], output)
+            answers[i] = f"relative error {error:.1e}"
+        except NetworksDisagree as failure:
+            error, answers[i] = np.inf, str(failure)
+        return error <= MAX_RELATIVE_ERROR
+
+    right, wrong = -1, len(nodes) - 1
+    if is_right(wrong):
+        return None
+    while wrong - right > 1:
+        middle = (right + wrong) // 2
+        right, wrong = (middle, wrong) if is_right(middle) else (right, middle)
+    node = nodes[wrong]
+    before = [n.op_type for n in proto.graph.node if {*n.output} & {*node.input}]
+    after = f", after {' and '.join(before)}" if before else ""
+    return (
+        f"first wrong node: {node.op_type} {node.name or node.output[0]}{after}: {answers[wrong]}"
+    )
+
+
+def cut_graph(proto, output, shape):
+    """The onnx.ModelProto as far as the tensor `output`."""
+    import onnx
+
+    needed, nodes = {output}, []
+    for node in reversed(proto.graph.node):
+        if needed & {*node.output}:
+            needed.update(node.input)
+            nodes.insert(0, node)
+    constants = [tensor for tensor in proto.graph.initializer if tensor.name in needed]
+    info = onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, shape)
+    graph = onnx.helper.make_graph(nodes, "cut", proto.graph.input, [info], constants)
+    versions = {"opset_imports": proto.opset_import, "ir_version": proto.ir_version}
+    return onnx.helper.make_model(graph, **versions)
+
+
+def compare_tensors(reference, output):
+    """max |a - b| / max |a| of two tensors; inf if their shapes differ."""
+    if reference.shape != output.shape:
+        return np.inf
+    reference, output = np.asarray(reference, np.float64), np.asarray(output, np.float64)
+    return np.abs(reference - output).max() / max(np.abs(reference).max(), 1e-30)
+
+
 def verify(onnx_path, references):
     """OpenCV's engines that give PyTorch's answer with the file, the fastest first.
 
@@ -211,6 +325,8 @@ def verify(onnx_path, references):
             failures[engine] = str(error)
             cells = f"  {error}"
         print(f"{engine + ' engine':17}{cells}", flush=True)
+        if engine in failures:
+            print(f"  {locate(onnx_path, engine, references)}", flush=True)
     if not seconds:
         reasons = "; ".join(f"{engine} engine: {reason}" for engine, reason in failures.items())
         raise NetworksDisagree(f"OpenCV {cv2.__version__} doesn't give PyTorch's answer: {reasons}")

@@ -207,8 +207,8 @@ def converted(weights, tmp_path_factory):
     path = tmp_path_factory.mktemp("converted") / "squeezenet1_1.onnx"
     picture = common.read_picture(PICTURES / "red_panda.jpg")
     blob = common.get_blob(picture, network.preprocessing)
-    convert(network, path, get_references(network.model, blob))
-    common.add_to_zoo("squeezenet1_1", path, network.preprocessing, "new", None)
+    converted = convert(network, path, get_references(network.model, blob))
+    common.add_to_zoo("squeezenet1_1", converted, network.preprocessing, None)
     return path
 
 

@@ -1,6 +1,6 @@
 """Damaged files of every kind, seeded: each must end with exit 0, 1 or 2 and at most one line.
 
-    python tests/fuzz.py                    # 1000 cases, some minutes
+    python tests/fuzz.py                    # 1200 cases, two minutes
     python tests/fuzz.py --seconds 60
     python tests/fuzz.py --seed 123         # one case, with its output
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PICTURE = ROOT / "test_data" / "cls" / "koala.jpg"
 LABELS = ROOT / "test_data" / "cls" / "imagenet_classes.txt"
-CASES = 1000
+CASES = 1200
 PER_CHILD = 50
 WORDS = [
     "",

@@ -2,13 +2,16 @@
 
     python tests/results_table.py                     # all 80, about half an hour
     python tests/results_table.py resnet18 vit_b_32   # these, and what was measured before
+    python tests/results_table.py --one timm.xcit     # print a member of a family of timm's
 
-Random seeded weights. Each network is measured in a process of its own, and what is measured is
-kept in logs/results_table.jsonl: a run that was stopped goes on there, one with other versions
-starts anew.
+Random seeded weights. timm isn't in the requirements. Each network is measured in a process of its
+own, and what is measured is kept in logs/results_table.jsonl: a run that was stopped goes on there,
+one with other versions starts anew.
 """
 
+import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import re
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import cv2
@@ -42,6 +46,7 @@ RECORDS = Path("logs") / "results_table.jsonl"
 TABLE = ROOT / "RESULTS.md"
 CHART = ROOT / "images" / "results.png"
 PICTURE = ROOT / "test_data" / "cls" / "red_panda.jpg"
+TIMM = "timm."  # a family of timm's: timm.resnet
 EXPORTERS = {"TorchScript": export_by_torchscript, "new": export_by_dynamo}
 ENGINES = ("new", "classic")
 
@@ -55,13 +60,36 @@ def get_versions():
     }
 
 
+def load_timm_network(family):
+    """The smallest network of one of timm's modules, by its parameters, that takes square
+    pictures of up to 288 px.
+    """
+    import timm
+    import torch
+
+    sizes = {}
+    for name in timm.list_models(module=family):
+        _, height, width = timm.get_pretrained_cfg(name).to_dict()["input_size"]
+        if height == width <= 288:
+            with contextlib.suppress(Exception), torch.device("meta"):
+                sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+    name = min(sizes, key=sizes.get)
+    sys.modules["timm_network"] = module = types.ModuleType("timm_network")
+    setattr(module, name, functools.partial(timm.create_model, name))
+    return load_network(f"timm_network:{name}", Weights("random", "random"))
+
+
 def measure(name):
     """The record of one network: export, both engines, times."""
-    network = load_network(name, Weights("random", "random"))
+    if name.startswith(TIMM):
+        network = load_timm_network(name.removeprefix(TIMM))
+    else:
+        network = load_network(name, Weights("random", "random"))
     model, size = network.model, network.preprocessing.width
     blob = get_blob(read_picture(PICTURE), network.preprocessing)
     references = get_references(model, blob)
-    record = {"network": name, "input": size, "date": str(datetime.date.today())}
+    record = {"network": name, "member": network.name.rpartition(":")[2], "input": size}
+    record["date"] = str(datetime.date.today())
     record |= {
         "versions": get_versions(),
         "pytorch_ms": 1000 * time_pass(lambda: run_pytorch(model, blob)),

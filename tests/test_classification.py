@@ -174,11 +174,12 @@ def test_only_common_imports_from_classification():
 def test_a_file_that_was_changed_is_refused(run, folder, converted):
     """One byte in the middle of the weights gives other answers; the entry has the SHA-1."""
     from common import TORCHVISION_PREPROCESSING, add_to_zoo
+    from conversion import Converted
 
     path = folder / "net.onnx"
     data = bytearray(converted.read_bytes())
     path.write_bytes(data)
-    add_to_zoo("net", path, TORCHVISION_PREPROCESSING, "new", None)
+    add_to_zoo("net", Converted(path, ["new"], 1000), TORCHVISION_PREPROCESSING, None)
     assert run("classification.py", "--input", path, KOALA).returncode == 0
     data[len(data) // 2] ^= 0x40
     path.write_bytes(data)

@@ -28,7 +28,7 @@ from common import (
     RequestError,
     add_to_zoo,
 )
-from conversion import convert, find_converted, find_network, get_onnx_path
+from conversion import Converted, convert, find_converted, find_network, get_onnx_path
 from networks import Network, Weights, parse_weights
 from verify import get_references
 
@@ -43,7 +43,7 @@ def converted_before(folder, converted):
     path = folder / "models" / "squeezenet1_1-trained.onnx"
     path.parent.mkdir()
     shutil.copy(converted, path)
-    add_to_zoo("squeezenet1_1", path, TORCHVISION_PREPROCESSING, "new", None)
+    add_to_zoo("squeezenet1_1", Converted(path, ["new"], 1000), TORCHVISION_PREPROCESSING, None)
     return path
 
 
@@ -89,7 +89,7 @@ def set_metadata(path, key, value):
     about[key] = value
     onnx.helper.set_model_props(proto, {k: v for k, v in about.items() if v is not None})
     onnx.save(proto, path)
-    add_to_zoo("squeezenet1_1", path, TORCHVISION_PREPROCESSING, "new", None)
+    add_to_zoo("squeezenet1_1", Converted(path, ["new"], 1000), TORCHVISION_PREPROCESSING, None)
 
 
 # --- the walk-through -----------------------------------------------------------------------------

@@ -8,12 +8,13 @@ import torch
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+import common
 import conversion
 from common import NetworksDisagree, Preprocessing
 from conversion import convert, export_by_dynamo, read_metadata, rewrite
 from networks import Network, Weights, load_network
 from onnx_rewrites import make_readable
-from verify import get_references, run_engine_apart, verify
+from verify import get_references, locate, measure_rounding, run_engine_apart, verify
 
 BLOB = np.random.default_rng(2).standard_normal((2, 3, 8, 8)).astype(np.float32)
 
@@ -91,8 +92,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_rewrite(tmp_path, fault):
+def make_proto(fault):
     nodes, constants = FAULTS[fault]()
     shape = ["batch", 3, 8, 8]
     tensors = [
@@ -100,7 +100,40 @@ def test_rewrite(tmp_path, fault):
         for name in ("input", "output")
     ]
     graph = helper.make_graph(nodes, "graph", tensors[:1], tensors[1:], constants)
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+# the operators that a rewrite mends, or that OpenCV fuses with them
+GUILTY = {
+    "gelu": "Mul",
+    "einsum": "Einsum",
+    "einsum without transposition": "Einsum",
+    "gate": "Mul output, after HardSigmoid",
+    "zeros": "Add output, after ConstantOfShape",
+    "tanh": "Tanh",
+    "batch norm": "BatchNormalization output, after Mul",
+}
+
+
+@pytest.mark.skipif(cv2.__version__ != "5.0.0", reason="OpenCV 5.0.0's faults")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_first_wrong_node_is_located(tmp_path, fault):
+    """Behind it a layer that is right, as in a network."""
+    proto = make_proto(fault)
+    proto.graph.node.append(helper.make_node("Relu", ["output"], ["relu"]))
+    proto.graph.output[0].name = "relu"
+    onnx.save(proto, tmp_path / "graph.onnx")
+    expected = ReferenceEvaluator(proto).run(None, {"input": BLOB})[0]
+    line = locate(tmp_path / "graph.onnx", "new", [("noise", BLOB, expected)])
+    assert line.startswith(f"first wrong node: {GUILTY[fault]}"), line
+    assert "\n" not in line
+    line = locate(tmp_path / "graph.onnx", "new", [("noise", BLOB, 1.1 * expected)])
+    assert "exported file itself departs from PyTorch" in line
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_rewrite(tmp_path, fault):
+    proto = make_proto(fault)
     expected = ReferenceEvaluator(proto).run(None, {"input": BLOB})[0]
     assert np.ptp(expected) > 1
 
@@ -225,3 +258,42 @@ def test_a_file_that_crashes_opencv_is_one_line(tmp_path):
     if cv2.__version__ == "5.0.0":
         assert "new engine: crashes (signal 11)" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class Cancels(torch.nn.Module):
+    """1e6 is added and taken away: float32 keeps a few digits of the values, float64 all."""
+
+    def forward(self, x):
+        return (x.flatten(1) + 1e6) - 1e6
+
+
+def test_how_far_float32_is_from_float64(tmp_path, monkeypatch):
+    blob = BLOB[:1]
+    expected = blob.reshape(1, -1)
+    rounded = (expected + np.float32(1e6)) - np.float32(1e6)
+    error = np.abs(rounded - expected).max() / np.abs(expected).max()
+    assert error > 1e-3
+    references = [("noise", blob, rounded)]
+    assert measure_rounding(Cancels(), references) == pytest.approx(error, rel=1e-4)
+
+    def disagree(*_):
+        raise NetworksDisagree("wrong")
+
+    monkeypatch.setattr(conversion, "verify", disagree)
+    network = Network("cancels", Weights("own", "cancels"), Preprocessing(), Cancels())
+    with pytest.raises(NetworksDisagree, match=f"float32 is {error:.1e} from its float64"):
+        convert(network, tmp_path / "cancels.onnx", references)
+
+
+def test_only_the_classic_engine_is_right(tmp_path, monkeypatch, capsys):
+    """OpenCV's own programs take the new one: the last line and the entry say so."""
+    monkeypatch.setattr(conversion, "verify", lambda *_: ["classic"])
+    network = Network("cancels", Weights("own", "cancels"), Preprocessing(), Cancels())
+    path = tmp_path / "cancels.onnx"
+    converted = convert(network, path, [("noise", BLOB[:1], BLOB[:1].reshape(1, -1))])
+    said = "engine=cv2.dnn.ENGINE_CLASSIC" in capsys.readouterr().out
+    common.add_to_zoo("cancels", converted, Preprocessing(), None)
+    entry = (tmp_path / "models.yml").read_text()
+    in_entry = "ENGINE_CLASSIC only" in entry
+    assert said == in_entry == ("new" in common.available(common.ENGINES))
+    assert common.read_zoo(tmp_path / "models.yml")["cancels"]["engine"] == "classic"

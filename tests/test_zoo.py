@@ -148,24 +148,34 @@ def test_entries_that_cannot_be_used(run, folder, zoo, arguments, words):
 def test_other_peoples_entries_stay_as_they_are(tmp_path, capsys):
     """Comments, numbers that cv2.FileStorage doesn't hold, and values that are no entries."""
     from common import TORCHVISION_PREPROCESSING, add_to_zoo, read_zoo
+    from conversion import Converted
 
     before = '%YAML 1.0\n---\n# mine\nnote: "x"\nbig: 5000000000\nnet:\n  model: "a.onnx"\n'
     after = 'é.net:\n  load_info:\n    url: "true"\n  list: [ {x: 1}, {y: 2} ]\n'
     path = tmp_path / "models.yml"
     path.write_text(before + after, "utf-8")
     (tmp_path / "net.onnx").write_bytes(b"model")
-    add_to_zoo("net", tmp_path / "net.onnx", TORCHVISION_PREPROCESSING, "new", None)
+    add_to_zoo(
+        "net", Converted(tmp_path / "net.onnx", ["new"], 1000), TORCHVISION_PREPROCESSING, None
+    )
     text = path.read_text("utf-8")
     others = before.replace('net:\n  model: "a.onnx"\n', "") + after
     assert text.startswith(others) and text.count("net:\n") == 2
     assert read_zoo(path)["net"]["model"] == "net.onnx"
     assert "(changed: crop, engine, height" in capsys.readouterr().out
-    add_to_zoo("net", tmp_path / "net.onnx", TORCHVISION_PREPROCESSING, "new", None)
+    add_to_zoo(
+        "net", Converted(tmp_path / "net.onnx", ["new"], 1000), TORCHVISION_PREPROCESSING, None
+    )
     assert path.read_text("utf-8") == text
 
     # YAML's end mark, and a key with a space before its colon
     path.write_text(text.replace("\nnet:", "\nnet :") + "...\n", "utf-8")
-    add_to_zoo("net", tmp_path / "net.onnx", TORCHVISION_PREPROCESSING, "classic", None)
+    add_to_zoo(
+        "net",
+        Converted(tmp_path / "net.onnx", ["classic", "new"], 1000),
+        TORCHVISION_PREPROCESSING,
+        None,
+    )
     assert path.read_text("utf-8") == text.replace('"new"', '"classic"')
 
 
