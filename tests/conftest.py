@@ -15,6 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 
+# A shell ignores SIGINT in what it starts in the background, and children inherit that: the tests
+# of Ctrl-C would wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "test_data" / "cls"
 sys.path.insert(0, str(ROOT))
