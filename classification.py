@@ -360,10 +360,18 @@ def find_entry(args, model):
     )
 
 
-def find_beside(zoo, name):
-    """A file that a models.yml names: beside it, or else relative to the current folder."""
-    beside = os.path.normpath(zoo.parent / str(name))
-    return beside if os.path.exists(beside) else str(name)
+def find_file(zoo, entry, name):
+    """A file that an entry names: beside the models.yml, in the current folder, or where OpenCV's
+    samples look: https://github.com/opencv/opencv/blob/5.x/samples/dnn/common.py
+    """
+    folders = [zoo.parent, Path()]
+    if cache := os.environ.get("OPENCV_DOWNLOAD_CACHE_DIR"):
+        sha1 = get_expected(entry).get("sha1", "")
+        folders += [Path(cache, str(sha1)), Path(cache)]
+    if data := os.environ.get("OPENCV_SAMPLES_DATA_PATH"):
+        folders += [Path(data), Path(data, "dnn")]
+    paths = [os.path.normpath(folder / str(name)) for folder in folders]
+    return next(filter(os.path.exists, paths), str(name))
 
 
 def read_zoo(path):
@@ -515,12 +523,21 @@ def get_load_info(model):
     return {key: get_digest(path, "sha1") for key, path in files.items() if path.exists()}
 
 
+def get_expected(entry):
+    """The hashes in an entry's load_info, like get_load_info's; {} if it has none."""
+    expected = entry.get("load_info")
+    return expected if isinstance(expected, dict) else {}
+
+
 def check_load_info(model, entry):
     """Raise RequestError if the model file isn't the one that its entry was written for."""
-    expected = entry.get("load_info")
-    found = get_load_info(model) if isinstance(expected, dict) else {}
+    expected = get_expected(entry)
+    found = get_load_info(model) if expected else {}
     if any(expected.get(key, digest) != digest for key, digest in found.items()):
-        raise RequestError(f"{model}: not the file that was converted; convert it again")
+        raise RequestError(
+            f"{model}: not the file that was converted: its SHA-1 isn't the one in {ZOO_NAME}; "
+            "convert it again"
+        )
 
 
 def check_model(path):
@@ -569,7 +586,7 @@ def get_classifier(args, model, zoo, entry):
     """The Classifier of the command line and the entry."""
     classes = args.classes
     if classes is None and (name := entry.get("labels", entry.get("classes"))):
-        classes = find_beside(zoo, name)
+        classes = find_file(zoo, entry, name)
     labels = read_lines(classes or BUNDLED_LABELS) if classes or BUNDLED_LABELS.is_file() else []
     if labels and not classes:
         print(f"class names: ImageNet's, if there are {len(labels)}; --classes names others")
@@ -782,7 +799,7 @@ def main():
     args = get_parser().parse_args()
     model, sources = split_inputs(args)
     zoo, entry = find_entry(args, model)
-    model = model or find_beside(zoo, entry.get("model", ""))
+    model = model or find_file(zoo, entry, entry.get("model", ""))
     sources = expand_sources(sources)
     outputs = get_output_paths(sources, model, args.output)
     classify = get_classifier(args, model, zoo, entry)

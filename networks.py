@@ -373,10 +373,11 @@ def calibrate(model, width, height):
     """
     import torch
 
-    # from smooth to noisy, as pictures are; the noise that verify.py compares on is among them
+    # from smooth to noisy, and from dark to bright, as verify.py's are
     size = (height, width)
     smooth = torch.nn.functional.interpolate(torch.randn(8, 3, 6, 6), size, mode="bilinear")
-    batch = smooth + torch.linspace(0, 1, 8).reshape(8, 1, 1, 1) * torch.randn(8, 3, *size)
+    step = torch.linspace(0, 1, 8).reshape(8, 1, 1, 1)
+    batch = smooth + step * torch.randn(8, 3, *size) + 4 * step - 2
 
     def set_statistics(batch_norm, inputs):
         # The batch's variance, but a twentieth of its mean: a deep random network that subtracts

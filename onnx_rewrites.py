@@ -18,35 +18,54 @@ def make_readable(proto):
     rewrite_constant_of_shape(proto.graph)
     rewrite_tanh(proto.graph)
     rewrite_batch_norm(proto.graph)
+    rewrite_col2im(proto.graph)
 
 
 def rewrite_einsum(graph):
-    """Einsum -> MatMul, if it is one: "...ik,...kj->...ij", or "...ik,...jk->...ij".
+    """Einsum -> MatMul, between Transposes as needed, if it sums products over one letter.
 
     OpenCV 5.0.0 expects the letters a to z in the equation. With capitals, which ONNX allows and
-    torchvision's maxvit_t has, it writes past its tables: errors or a segmentation fault. And its
-    Einsum keeps the batch size of the first forward pass.
+    torchvision's maxvit_t has, it writes past its tables: errors or a segmentation fault. Its
+    Einsum keeps the batch size of the first forward pass, and can't broadcast (timm's MViTv2).
     """
     for index, node in reversed(list(enumerate(graph.node))):
         if node.op_type != "Einsum" or len(node.input) != 2:
             continue
         equation = get_attribute(node, "equation").s.decode().replace(" ", "")
-        match = re.fullmatch(r"([A-Za-z]*)(\w)(\w),\1(\w)(\w)->\1(\w)(\w)", equation)
-        if not match:
+        match = re.fullmatch("([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)", equation)
+        if not match or any(len({*letters}) < len(letters) for letters in match.groups()):
             continue
-        batch, i, k, *second, result_i, j = match.groups()
-        if len({*batch, i, k, j}) != len(batch) + 3 or result_i != i:
+        first, second, result = match.groups()
+        summed = {*first} & {*second} - {*result}
+        rows, columns = (
+            [c for c in a if c not in b] for a, b in ((first, second), (second, first))
+        )
+        if not rows or len(summed) != 1 or len(columns) != 1:
             continue
-        if second == [j, k]:
-            axes = [*range(len(batch)), len(batch) + 1, len(batch)]
-            transposed = get_new_name(graph, f"{node.output[0]}_transposed")
-            transpose = onnx.helper.make_node("Transpose", [node.input[1]], [transposed], perm=axes)
-            graph.node.insert(index, transpose)
-            node.input[1] = transposed
-        elif second != [k, j]:
+        if {*result} != {*first, *second} - summed:
             continue
-        node.op_type = "MatMul"
-        del node.attribute[:]
+        # MatMul: (..., batch, row, summed) times (batch, summed, column)
+        batch = [c for c in first if c in second and c in result]
+        outer = [*rows[:-1], *batch, rows[-1]]
+        product = get_new_name(graph, f"{node.output[0]}_product")
+        nodes, names = [], []
+        for name, letters, order in (
+            (node.input[0], first, [*outer, *summed]),
+            (node.input[1], second, [*batch, *summed, *columns]),
+            (product, [*outer, *columns], list(result)),
+        ):
+            if list(letters) != order:
+                axes = [letters.index(c) for c in order]
+                target = node.output[0] if name == product else f"{product}_{len(names)}"
+                nodes.append(onnx.helper.make_node("Transpose", [name], [target], perm=axes))
+                name = target
+            names.append(name)
+        position = len(nodes) - (names[2] != product)
+        output = product if names[2] != product else node.output[0]
+        nodes.insert(position, onnx.helper.make_node("MatMul", names[:2], [output]))
+        del graph.node[index]
+        for new in reversed(nodes):
+            graph.node.insert(index, new)
 
 
 def rewrite_gelu(graph):
@@ -166,6 +185,54 @@ def rewrite_batch_norm(graph):
         graph.node.remove(node)
         graph.node.insert(index, add)
         graph.node.insert(index, mul)
+
+
+def rewrite_col2im(graph):
+    """Col2Im -> Reshape, ConvTranspose, with kernels of a single 1 that put each value in place.
+
+    OpenCV 5.0.0 has no Col2Im: "!empty()" (timm's VOLO, by PyTorch's new exporter).
+    """
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.value_info}
+    for index, node in reversed(list(enumerate(graph.node))):
+        if node.op_type != "Col2Im":
+            continue
+        data, *sizes = node.input
+        if data not in shapes or not {*sizes} <= constants.keys():
+            continue
+        (height, width), (rows, columns) = (constants[name].tolist() for name in sizes)
+        options = {"strides": [1, 1], "dilations": [1, 1], "pads": [0, 0, 0, 0]}
+        options |= {a.name: list(a.ints) for a in node.attribute}
+        blocks, rest = [], []
+        for axis, size, kernel in ((0, height, rows), (1, width, columns)):
+            pads = options["pads"][axis] + options["pads"][axis + 2]
+            room = size + pads - options["dilations"][axis] * (kernel - 1) - 1
+            blocks.append(room // options["strides"][axis] + 1)
+            rest.append(room % options["strides"][axis])
+        channels = shapes[data][1]
+        kernels = np.eye(rows * columns, dtype=np.float32).reshape(-1, 1, rows, columns)
+        groups = channels // (rows * columns)
+        shape, weights, blocked = (
+            get_new_name(graph, f"{node.output[0]}_{end}") for end in ("shape", "weights", "blocks")
+        )
+        values = {
+            shape: np.int64([0, channels, *blocks]),
+            weights: np.tile(kernels, (groups, 1, 1, 1)),
+        }
+        for name, value in values.items():
+            graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+        reshape = onnx.helper.make_node("Reshape", [data, shape], [blocked])
+        scatter = onnx.helper.make_node(
+            "ConvTranspose",
+            [blocked, weights],
+            node.output,
+            group=groups,
+            output_padding=rest,
+            **options,
+        )
+        graph.node.remove(node)
+        graph.node.insert(index, scatter)
+        graph.node.insert(index, reshape)
 
 
 def get_new_name(graph, name):

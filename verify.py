@@ -37,6 +37,10 @@ from networks import run_pytorch
 # 5e-5 on the classic one (RESULTS.md).
 MAX_RELATIVE_ERROR = 1e-4
 
+# The search for the first wrong node must not take longer than the conversion is worth.
+MAX_LOCATED_SIZE = 2**29  # bytes of a file: onnx's evaluator keeps the outputs of all nodes
+MAX_LOCATE_SECONDS = 60
+
 
 @dataclass
 class Difference:
@@ -62,31 +66,39 @@ class Difference:
 
 def compare(reference, output):
     """Difference of OpenCV's `output` to PyTorch's `reference`, both (batch, classes)."""
-    if reference.shape != output.shape:
-        raise NetworksDisagree(f"PyTorch's output is {reference.shape}, OpenCV's {output.shape}")
-    diff = np.abs(reference.astype(np.float64) - output)
-    scale = np.abs(reference).max()
-    same = (reference.argmax(axis=1) == output.argmax(axis=1)).sum()
+    relative = get_relative_error(reference, output)
+    difference = np.abs(reference.astype(np.float64) - output)
     return Difference(
-        l1=float(diff.mean()),
-        l_inf=float(diff.max()),
-        relative=float(diff.max() / scale) if scale > 0 else np.nan,
-        same_class=int(same),
+        l1=float(difference.mean()),
+        l_inf=float(difference.max()),
+        relative=relative,
+        same_class=int((reference.argmax(axis=1) == output.argmax(axis=1)).sum()),
         pictures=len(reference),
     )
+
+
+def get_relative_error(reference, output):
+    """max |a - b| / max |a| of two arrays; NetworksDisagree if their shapes differ."""
+    if reference.shape != output.shape:
+        raise NetworksDisagree(f"the shape is {output.shape}, not {reference.shape}")
+    difference = np.abs(reference.astype(np.float64) - output).max()
+    return float(difference / max(np.abs(reference).max(), 1e-30))
 
 
 # --- PyTorch's answer -----------------------------------------------------------------------------
 
 
 def get_references(model, sample_blob):
-    """[(name, blob, PyTorch's logits)] for the picture's blob (1, 3, height, width) and noise.
+    """[(name, blob, PyTorch's logits)] for the picture's blob (1, 3, height, width) and others.
 
-    Raises RequestError if the logits prove nothing: if they are nan, or hardly change from picture
-    to picture, so that a network of constants would pass.
+    The others are batches of two, because a file may be right for one picture only: a dark and a
+    bright copy of it, and noise. Raises RequestError if the logits prove nothing: if they are nan,
+    or hardly change from picture to picture, so that a network of constants would pass.
     """
-    noise = np.random.default_rng(SEED).standard_normal((2, *sample_blob.shape[1:]))
-    blobs = {"picture": sample_blob, "noise, batch of 2": noise.astype(np.float32)}
+    darkest, brightest = (f(sample_blob, axis=(2, 3), keepdims=True) for f in (np.min, np.max))
+    copies = [limit + 0.25 * (sample_blob - limit) for limit in (darkest, brightest)]
+    noise = np.random.default_rng(SEED).standard_normal((2, *sample_blob.shape[1:]), np.float32)
+    blobs = {"picture": sample_blob, "dark, bright": np.concatenate(copies), "noise": noise}
     references = [(name, blob, run_pytorch(model, blob)) for name, blob in blobs.items()]
     logits = np.concatenate([logits for _, _, logits in references])
     with np.errstate(invalid="ignore"):  # inf - inf
@@ -112,10 +124,11 @@ def measure_rounding(model, references):
         exact = copy.deepcopy(model).double()
         for _, blob, logits in references:
             with torch.no_grad():
-                errors.append(compare_tensors(exact(torch.from_numpy(blob).double()), logits))
+                output = exact(torch.from_numpy(blob).double()).numpy()
+            errors.append(get_relative_error(output, logits))
     except Exception:  # code that is written for float32
         return np.nan
-    return max(map(float, errors))
+    return max(errors)
 
 
 # --- OpenCV's answer ------------------------------------------------------------------------------
@@ -135,12 +148,12 @@ def get_reason(error):
     return one_line(error).rpartition("error: ")[2].strip("> ")[:200]
 
 
-def run_engine_apart(onnx_path, engine, blobs):
+def run_engine_apart(onnx_path, engine, blobs, timed=True):
     """([logits of each blob], seconds of one pass with the first) from a child process.
 
     Raises NetworksDisagree if the engine can't run the file, or crashes.
     """
-    command = [sys.executable, __file__, str(onnx_path), engine]
+    command = [sys.executable, __file__, str(onnx_path), engine] + ["timed"] * timed
     child = subprocess.run(command, input=pack(*blobs), capture_output=True)
     if child.returncode < 0:
         raise NetworksDisagree(f"crashes (signal {-child.returncode})")
@@ -152,7 +165,7 @@ def run_engine_apart(onnx_path, engine, blobs):
     return logits, float(seconds)
 
 
-def answer_blobs(onnx_path, engine):
+def answer_blobs(onnx_path, engine, timed=""):
     """What the child does: one net for blobs of several batch sizes, as in an evaluation."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for what OpenCV itself prints
@@ -162,7 +175,7 @@ def answer_blobs(onnx_path, engine):
     except cv2.error as error:
         raise NetworksDisagree(f"can't read the file: {get_reason(error)}") from None
     logits = [run_opencv(net, blob) for blob in blobs]
-    seconds = time_pass(lambda: run_opencv(net, blobs[0]))
+    seconds = time_pass(lambda: run_opencv(net, blobs[0])) if timed else np.nan
     answers.write(pack(*logits, np.array(seconds)))
     answers.close()
 
@@ -210,34 +223,34 @@ def verify_engine(onnx_path, engine, references):
 
 
 def locate(onnx_path, engine, references):
-    """One line: the first node at which an engine departs from the file's meaning.
+    """The first node at which an engine departs from what the file says, for one line of text.
 
-    That is what onnx's ReferenceEvaluator makes of each node. The graph is cut after a node and run
-    by the engine, and a bisection finds the first cut that is wrong. OpenCV fuses nodes, so the
-    fault may lie in how this one is fused with those before it.
+    onnx's ReferenceEvaluator computes each node. The graph is cut after a node and run by the
+    engine; the first cut that is wrong ends with the node. OpenCV fuses nodes, so the fault may lie
+    in how this one is fused with those before it.
     """
     import onnx
     from onnx.reference import ReferenceEvaluator
 
+    if os.path.getsize(onnx_path) > MAX_LOCATED_SIZE:
+        return "unknown: the file is too large to search"
     try:
         proto = onnx.load(onnx_path)
         evaluator = ReferenceEvaluator(proto)
-        for _, blob, logits in references:
+        for _, blob, logits in reversed(references):  # batches first: they show more faults
             tensors = evaluator.run(None, {proto.graph.input[0].name: blob}, intermediate=True)
-            error = compare_tensors(logits, tensors[proto.graph.output[0].name])
+            error = get_relative_error(logits, tensors[proto.graph.output[0].name])
             if not error <= MAX_RELATIVE_ERROR:
-                return (
-                    f"the exported file itself departs from PyTorch: {error:.1e} in onnx's own run"
-                )
-            if found := bisect(proto, engine, blob, tensors):
+                return f"none: the exported file itself departs from PyTorch: {error:.1e} in onnx"
+            if found := find_first_wrong(proto, engine, blob, tensors):
                 return found
     except Exception as error:  # onnx's evaluator lacks operators, and it is for diagnosis only
-        return f"first wrong node unknown: onnx can't run the file: {one_line(error)[:100]}"
-    return "first wrong node unknown: right when it is cut"
+        return f"unknown: onnx can't run the file: {one_line(error)[:100]}"
+    return "unknown: each is right if the graph ends with it"
 
 
-def bisect(proto, engine, blob, tensors):
-    """The line for `locate`; None if the whole graph is right.
+def find_first_wrong(proto, engine, blob, tensors):
+    """What `locate` returns; None if the whole graph is right.
 
     tensors: {name: the reference's value} of all nodes' outputs.
     """
@@ -250,57 +263,42 @@ def bisect(proto, engine, blob, tensors):
             value = tensors.get(node.output[0])
             if getattr(value, "dtype", None) == np.float32 and value.ndim > 1:
                 nodes.append(node)
+    extractor = onnx.utils.Extractor(proto)
     answers = {}
 
     def is_right(i):
         name = nodes[i].output[0]
+        info = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, tensors[name].shape)
+        extractor.value_infos[name] = info
         try:
             with tempfile.TemporaryDirectory() as folder:
                 path = os.path.join(folder, "cut.onnx")
-                onnx.save(cut_graph(proto, name, tensors[name].shape), path)
-                (output,), _ = run_engine_apart(path, engine, [blob])
-            error = compare_tensors(tensors[name], output)
+                onnx.save(extractor.extract_model([proto.graph.input[0].name], [name]), path)
+                # first one picture: some layers keep the batch size of their first pass
+                (_, output), _ = run_engine_apart(path, engine, [blob[:1], blob], timed=False)
+            error = get_relative_error(tensors[name], output)
             answers[i] = f"relative error {error:.1e}"
         except NetworksDisagree as failure:
             error, answers[i] = np.inf, str(failure)
         return error <= MAX_RELATIVE_ERROR
 
     right, wrong = -1, len(nodes) - 1
-    if is_right(wrong):
-        return None
+    start = time.perf_counter()
     while wrong - right > 1:
-        middle = (right + wrong) // 2
+        if time.perf_counter() - start > MAX_LOCATE_SECONDS:
+            first, last = (nodes[i].name or nodes[i].output[0] for i in (max(right, 0), wrong))
+            return (
+                f"between {first} and {last}: the search was stopped after {MAX_LOCATE_SECONDS} s"
+            )
+        # a quarter, not half: most faults are near the input, and shorter graphs run faster
+        middle = right + max(1, (wrong - right) // 4)
         right, wrong = (middle, wrong) if is_right(middle) else (right, middle)
+    if wrong == len(nodes) - 1 and is_right(wrong):
+        return None
     node = nodes[wrong]
     before = [n.op_type for n in proto.graph.node if {*n.output} & {*node.input}]
     after = f", after {' and '.join(before)}" if before else ""
-    return (
-        f"first wrong node: {node.op_type} {node.name or node.output[0]}{after}: {answers[wrong]}"
-    )
-
-
-def cut_graph(proto, output, shape):
-    """The onnx.ModelProto as far as the tensor `output`."""
-    import onnx
-
-    needed, nodes = {output}, []
-    for node in reversed(proto.graph.node):
-        if needed & {*node.output}:
-            needed.update(node.input)
-            nodes.insert(0, node)
-    constants = [tensor for tensor in proto.graph.initializer if tensor.name in needed]
-    info = onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, shape)
-    graph = onnx.helper.make_graph(nodes, "cut", proto.graph.input, [info], constants)
-    versions = {"opset_imports": proto.opset_import, "ir_version": proto.ir_version}
-    return onnx.helper.make_model(graph, **versions)
-
-
-def compare_tensors(reference, output):
-    """max |a - b| / max |a| of two tensors; inf if their shapes differ."""
-    if reference.shape != output.shape:
-        return np.inf
-    reference, output = np.asarray(reference, np.float64), np.asarray(output, np.float64)
-    return np.abs(reference - output).max() / max(np.abs(reference).max(), 1e-30)
+    return f"{node.op_type} {node.name or node.output[0]}{after}: {answers[wrong]}"
 
 
 def verify(onnx_path, references):
@@ -322,11 +320,13 @@ def verify(onnx_path, references):
             cells = "".join(f"{difference.relative:{width}.1e}" for difference, width in errors)
             cells += f"{1000 * seconds[engine]:16.1f}"
         except NetworksDisagree as error:
-            failures[engine] = str(error)
             cells = f"  {error}"
         print(f"{engine + ' engine':17}{cells}", flush=True)
-        if engine in failures:
-            print(f"  {locate(onnx_path, engine, references)}", flush=True)
+        if engine not in seconds:
+            print("  first wrong node: ", end="", flush=True)  # finding it can take seconds
+            where = locate(onnx_path, engine, references)
+            print(where, flush=True)
+            failures[engine] = f"{cells.strip()}; first wrong node: {where}"
     if not seconds:
         reasons = "; ".join(f"{engine} engine: {reason}" for engine, reason in failures.items())
         raise NetworksDisagree(f"OpenCV {cv2.__version__} doesn't give PyTorch's answer: {reasons}")
@@ -334,8 +334,10 @@ def verify(onnx_path, references):
 
 
 def main():
-    if len(sys.argv) != 3:
-        raise RequestError("takes MODEL ENGINE < BLOBS > LOGITS; a conversion starts it by itself")
+    if len(sys.argv) not in (3, 4):
+        raise RequestError(
+            "takes MODEL ENGINE [timed] < BLOBS > LOGITS; a conversion starts it by itself"
+        )
     if sys.platform.startswith("linux"):  # end with the conversion, even if that is killed
         pr_set_pdeathsig = 1  # <linux/prctl.h>
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

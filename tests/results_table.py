@@ -1,12 +1,12 @@
-"""RESULTS.md: every one of torchvision's classifiers, converted and compared on each engine.
+"""RESULTS.md: torchvision's classifiers and timm's, converted and compared on each engine.
 
-    python tests/results_table.py                     # all 80, about half an hour
-    python tests/results_table.py resnet18 vit_b_32   # these, and what was measured before
-    python tests/results_table.py --one timm.xcit     # print a member of a family of timm's
+    python tests/results_table.py                     # torchvision's 80, about half an hour
+    python tests/results_table.py --timm              # a network of each of timm's families
+    python tests/results_table.py resnet18 timm.xcit  # these, and what was measured before
 
-Random seeded weights. timm isn't in the requirements. Each network is measured in a process of its
-own, and what is measured is kept in logs/results_table.jsonl: a run that was stopped goes on there,
-one with other versions starts anew.
+Random seeded weights. timm isn't in the requirements: pip install it for its table. Each network is
+measured in a process of its own, and what is measured is kept in logs/results_table.jsonl: a run
+that was stopped goes on there, one with other versions starts anew.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from conversion import export_by_dynamo, export_by_torchscript, rewrite  # noqa:
 from evaluation import get_processor  # noqa: E402
 from networks import Weights, load_network, run_pytorch  # noqa: E402
 from py_to_py_cls import get_torchvision_names  # noqa: E402
-from verify import get_references, time_pass, verify_engine  # noqa: E402
+from verify import get_references, locate, time_pass, verify_engine  # noqa: E402
 
 RECORDS = Path("logs") / "results_table.jsonl"
 TABLE = ROOT / "RESULTS.md"
@@ -60,19 +60,34 @@ def get_versions():
     }
 
 
+def get_timm_version():
+    try:
+        return importlib.metadata.version("timm")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def get_timm_families():
+    """timm's modules of networks, each with the prefix TIMM."""
+    import timm
+
+    return [TIMM + module for module in timm.list_modules()]
+
+
 def load_timm_network(family):
-    """The smallest network of one of timm's modules, by its parameters, that takes square
-    pictures of up to 288 px.
+    """The network with the fewest parameters of one of timm's modules.
+
+    One for pictures of up to 288 px, if there is one.
     """
     import timm
     import torch
 
     sizes = {}
-    for name in timm.list_models(module=family):
-        _, height, width = timm.get_pretrained_cfg(name).to_dict()["input_size"]
-        if height == width <= 288:
-            with contextlib.suppress(Exception), torch.device("meta"):
-                sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+    for name in timm.list_models(module=family, exclude_filters="test_*"):
+        config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+        with contextlib.suppress(Exception), torch.device("meta"):
+            parameters = sum(p.numel() for p in timm.create_model(name).parameters())
+            sizes[name] = max(config.input_size[1:]) > 288, parameters
     name = min(sizes, key=sizes.get)
     sys.modules["timm_network"] = module = types.ModuleType("timm_network")
     setattr(module, name, functools.partial(timm.create_model, name))
@@ -118,7 +133,7 @@ def measure_engine(path, engine, references):
     try:
         differences, seconds = verify_engine(path, engine, references)
     except NetworksDisagree as error:
-        return {"failure": str(error)}
+        return {"failure": str(error), "where": locate(path, engine, references)}
     return {
         "relative": max(d.relative for d in differences),
         "same_class": sum(d.same_class for d in differences),
@@ -147,88 +162,106 @@ def describe_engine(engine):
     return [f"{engine['relative']:.1e}", agreement, f"{engine['ms']:.1f}"]
 
 
+def get_name(record):
+    """torchvision's name, or timm's family and name."""
+    family = record["network"].removeprefix(TIMM)
+    return f"{family}: {record['member']}" if family != record["network"] else family
+
+
 def get_summary(records):
-    """What the table says, in sentences."""
-    right = {
-        engine: [r["network"] for r in records if "relative" in r["engines"][engine]]
-        for engine in ENGINES
-    }
-    either = set(right["new"]) | set(right["classic"])
+    """What the table of these records says, in sentences."""
+    measured = [r for r in records if "engines" in r]
+    right = {e: [r for r in measured if "relative" in r["engines"][e]] for e in ENGINES}
+    either = [r for r in measured if r in right["new"] or r in right["classic"]]
     errors = {
-        r["network"]: min(e["relative"] for e in r["engines"].values() if "relative" in e)
-        for r in records
-        if r["network"] in either
+        get_name(r): min(e["relative"] for e in r["engines"].values() if "relative" in e)
+        for r in either
     }
     worst = max(errors, key=errors.get)
     faster = [
-        r["network"]
-        for r in records
-        if all("ms" in e for e in r["engines"].values())
-        and r["engines"]["classic"]["ms"] < r["engines"]["new"]["ms"]
+        get_name(r)
+        for r in right["classic"]
+        if r in right["new"] and r["engines"]["classic"]["ms"] < r["engines"]["new"]["ms"]
     ]
-    large = [r["network"] for r in records if r["mb"] >= 2**11]
     lines = [
         f"{len(either)} of {len(records)} networks give PyTorch's answer in OpenCV: "
         f"{len(right['new'])} on the new engine, {len(right['classic'])} on the classic one.",
         f"The largest relative error on the better engine: {errors[worst]:.1e} ({worst}).",
         f"The classic engine is faster for {len(faster)}: {', '.join(faster) or 'none'}.",
     ]
-    if large:
+    if large := [get_name(r) for r in measured if r["mb"] >= 2**11]:
         lines.append(
             "Over 2 GB, with the weights in a second file beside the .onnx, which OpenCV 4 can't "
             f"read: {', '.join(large)}."
         )
+    if others := [get_name(r) for r in measured if r["exporter"] != "TorchScript"]:
+        lines.append(f"Exported by PyTorch's new exporter: {', '.join(others)}.")
     return lines
 
 
-def write_table(records):
-    versions = get_versions()
-    dates = sorted({record["date"] for record in records})
+def get_table(records):
+    """The lines of one table, and of what fails in it."""
     lines = [
-        "# Every classifier of torchvision in OpenCV",
-        "",
-        f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} by "
-        "`python tests/results_table.py`: "
-        f"OpenCV {versions['opencv']}, PyTorch {versions['torch']}, torchvision "
-        f"{versions['torchvision']}, onnx {versions['onnx']}; {versions['processor']}, "
-        f"{versions['threads']} threads.",
-        "",
-        *(f"* {line}" for line in get_summary(records)),
-        "",
-        f"![OpenCV's time against PyTorch's](images/{CHART.name})",
-        "",
-        "Seeded random weights, on a photograph and a seeded batch of two. *relative error* is "
-        "max|a - b| / max|a| of the logits; *class* is how many of the three pictures get the same "
-        "class from both. The file takes any batch size; an engine that runs it for one picture "
-        "but not for two counts as one that can't run it. *ms* is one forward pass with one "
-        "picture, the least of several.",
-        "",
         "| network | input | export, s | file, MB | new engine: relative error | class | ms | "
         "classic engine: relative error | class | ms | PyTorch, ms |",
         "| --- |" + " ---: |" * 10,
     ]
-    for record in records:
-        cells = [record["network"], str(record["input"])]
-        cells += [f"{record['export_s']:.1f}", f"{record['mb']:.0f}"]
-        for engine in ENGINES:
-            cells += describe_engine(record["engines"][engine])
-        cells.append(f"{record['pytorch_ms']:.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
     failures = {}
     for record in records:
-        for engine in ENGINES:
-            if "failure" in record["engines"][engine]:
-                text = f"{engine} engine: {record['engines'][engine]['failure']}"
-                failures.setdefault(text, []).append(record["network"])
-    lines += ["", "What the failing engines say:", ""]
-    lines += [f"* {', '.join(names)}: {text}" for text, names in failures.items()]
-    others = [r["network"] for r in records if r["exporter"] != "TorchScript"]
-    if others:
-        lines += ["", f"Exported by PyTorch's new exporter: {', '.join(others)}."]
-    draw_chart(records)
+        if "engines" not in record:
+            failures.setdefault(record["failure"], []).append(get_name(record))
+            continue
+        cells = [get_name(record), str(record["input"])]
+        cells += [f"{record['export_s']:.1f}", f"{record['mb']:.0f}"]
+        for engine, result in record["engines"].items():
+            cells += describe_engine(result)
+            if "failure" in result:
+                # without the node's name, which differs from network to network
+                where = re.sub(r"^([A-Z]\w+) .*?(, after [\w ]+)?:.*", r"\1\2", result["where"])
+                text = f"{engine} engine: {result['failure']}; first wrong node: {where}"
+                failures.setdefault(text, []).append(get_name(record))
+        cells.append(f"{record['pytorch_ms']:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "What fails, and where:", ""]
+    return lines + [f"* {', '.join(names)}: {text}" for text, names in failures.items()]
+
+
+def write_tables(records):
+    versions = get_versions()
+    dates = sorted({record["date"] for record in records})
+    parts = {
+        f"## Every classifier of torchvision {versions['torchvision']}": [
+            r for r in records if not r["network"].startswith(TIMM)
+        ],
+        f"## A network of each of timm's {get_timm_version()} families": [
+            r for r in records if r["network"].startswith(TIMM)
+        ],
+    }
+    lines = [
+        "# Classifiers of torchvision and timm in OpenCV",
+        "",
+        f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} by "
+        "`python tests/results_table.py`, and with `--timm`: "
+        f"OpenCV {versions['opencv']}, PyTorch {versions['torch']}, onnx {versions['onnx']}; "
+        f"{versions['processor']}, {versions['threads']} threads.",
+        "",
+        "Seeded random weights, on a photograph, a dark and a bright copy of it, and noise. "
+        "*relative error* is max|a - b| / max|a| of the logits; *class* is how many of the five "
+        "pictures get the same class from both. The file takes any batch size; an engine that runs "
+        "it for one picture but not for two counts as one that can't run it. *ms* is one forward "
+        "pass with one picture, the least of several.",
+    ]
+    for title, part in parts.items():
+        if part:
+            lines += ["", title, "", *(f"* {line}" for line in get_summary(part))]
+            if part is parts[next(iter(parts))]:
+                draw_chart(part)
+                lines += ["", f"![OpenCV's time against PyTorch's](images/{CHART.name})"]
+            lines += ["", *get_table(part)]
+            print(title.removeprefix("## "), *get_summary(part), sep="\n")
     with whole_file(TABLE) as part:
         part.write_text("\n".join([*lines, ""]), "utf-8")
-    print(*get_summary(records), f"written: {TABLE}", sep="\n")
+    print(f"written: {TABLE}")
 
 
 def draw_chart(records):
@@ -269,34 +302,44 @@ def draw_chart(records):
         figure.savefig(part, dpi=120, format="png")
 
 
+def measure_apart(name):
+    """The record of one network, from a process of its own."""
+    child = subprocess.run(
+        [sys.executable, __file__, "--one", name], capture_output=True, text=True
+    )
+    if child.returncode == 0:
+        return json.loads(child.stdout.splitlines()[-1])
+    lines = child.stderr.splitlines() or [f"exit code {child.returncode}"]
+    failure = lines[-1].partition("error: ")[2] or lines[-1]
+    record = {"network": name, "member": "", "date": str(datetime.date.today())}
+    return record | {"versions": get_versions(), "failure": failure}
+
+
 def main():
-    parser = OneLineParser(__doc__, "[NAME ...]")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="networks (default: all)")
+    parser = OneLineParser(__doc__, "[--timm] [NAME ...]")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="networks (default: torchvision's)"
+    )
+    parser.add_argument("--timm", action="store_true", help="a network of each of timm's families")
     parser.add_argument("--one", metavar="NAME", help="only print what is measured of this one")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one)))
         return 0
     records = read_records()
-    names = args.names or get_torchvision_names()
+    names = args.names or (get_timm_families() if args.timm else get_torchvision_names())
     RECORDS.parent.mkdir(exist_ok=True)
     for number, name in enumerate(names, 1):
         if name in records:
             continue
-        command = [sys.executable, __file__, "--one", name]
-        child = subprocess.run(command, capture_output=True, text=True)
-        if child.returncode:
-            print(f"{name}: {child.stderr.strip()}", file=sys.stderr)
-            continue
-        records[name] = json.loads(child.stdout.splitlines()[-1])
+        records[name] = record = measure_apart(name)
         with open(RECORDS, "a") as file:
-            file.write(json.dumps(records[name]) + "\n")
-        engines = records[name]["engines"]
-        cells = [f"{engine} {describe_engine(engines[engine])[0]}" for engine in ENGINES]
-        print(f"{number} of {len(names)}: {name}: {', '.join(cells)}", flush=True)
-    if records:
-        write_table([records[name] for name in sorted(records)])
-    return int(not set(names) <= records.keys())
+            file.write(json.dumps(record) + "\n")
+        cells = [f"{e} {describe_engine(r)[0]}" for e, r in record.get("engines", {}).items()]
+        found = ", ".join(cells) or record["failure"]
+        print(f"{number} of {len(names)}: {get_name(record)}: {found}", flush=True)
+    write_tables([records[name] for name in sorted(records)])
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,9 +3,13 @@
 python -m pytest --all-models -n 0 -s tests/test_all_models.py
 """
 
+import functools
+import hashlib
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 
 import cv2
@@ -58,7 +62,7 @@ def test_network(convert, name):
     path, output = convert(name)
     assert path.is_file()
     errors = [float(e) for e in re.findall(r" (\d\.\de-\d\d)\b", output)]
-    assert len(errors) == 4  # two engines, two comparisons each
+    assert len(errors) == 6  # two engines, three comparisons each
     assert 0 < max(errors) < 1e-4
     print(f"{name}: relative error {max(errors):.1e}")
 
@@ -78,28 +82,166 @@ def answers():
     return found
 
 
+@pytest.fixture(scope="session")
+def install(tmp_path_factory):
+    """install(package): the Python of an environment with this OpenCV and NumPy."""
+
+    @functools.cache
+    def install(package):
+        folder = tmp_path_factory.mktemp("venv")
+        venv.create(folder, with_pip=True)
+        python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+        subprocess.run([python, "-m", "pip", "install", "-q", package, "numpy"], check=True)
+        return python
+
+    return install
+
+
+@pytest.fixture
+def start_with(folder, env):
+    """start_with(python, script, *arguments): the finished process."""
+
+    def start(*command, **options):
+        return subprocess.run(
+            command, cwd=options.get("cwd", folder), env=env, capture_output=True, text=True
+        )
+
+    return start
+
+
 @pytest.mark.parametrize("package", PACKAGES)
-def test_opencv_version(convert, answers, folder, env, package):
+def test_opencv_version(convert, answers, install, start_with, package):
     """classification.py gives PyTorch's answer with all the files, in an environment of its own."""
-    venv.create(folder / "venv", with_pip=True)
-    python = folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", package, "numpy"], check=True)
-    found = subprocess.run(
-        [python, "-c", "import cv2; print(cv2.__version__)"], capture_output=True, text=True
-    ).stdout.strip()
+    python = install(package)
+    found = start_with(python, "-c", "import cv2; print(cv2.__version__)").stdout.strip()
     assert package.partition("==")[2].rstrip("*") in found
-
-    def classify(*arguments):
-        command = [python, ROOT / "classification.py", *arguments]
-        return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-
-    assert ("--engine" in classify("--help").stdout) == found.startswith("5")
+    script = ROOT / "classification.py"
+    assert ("--engine" in start_with(python, script, "--help").stdout) == found.startswith("5")
     for name, (class_id, logit) in answers.items():
         path, _ = convert(name)
-        result = classify("--input", path, KOALA)
+        result = start_with(python, script, "--input", path, KOALA)
         assert result.returncode == 0, result.stderr
         assert read_answer(result.stdout) == (class_id, pytest.approx(logit, rel=1e-4, abs=1e-4))
         # and by the entry in models.yml
-        result = classify(name, "--zoo", path.parent / "models.yml", "--input", KOALA)
+        zoo = path.parent / "models.yml"
+        result = start_with(python, script, name, "--zoo", zoo, "--input", KOALA)
         assert read_answer(result.stdout) == (class_id, pytest.approx(logit, rel=1e-4, abs=1e-4))
     print(f"{package}: OpenCV {found} gives PyTorch's answer with {len(answers)} networks")
+
+
+# --- OpenCV's own sample --------------------------------------------------------------------------
+
+# Runs a script without its windows, and prints the text that it writes on the picture.
+WITHOUT_WINDOWS = """
+import os, runpy, sys, cv2
+cv2.namedWindow = cv2.imshow = lambda *args: None
+cv2.waitKey = lambda *args: -1
+cv2.putText = lambda picture, text, *args: print("text:", text)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+MEAN = ["--mean", "123.675", "116.28", "103.53"]
+STD = ["--std", "0.229", "0.224", "0.225"]
+SIZE = ["--initial_width", "256", "--initial_height", "256", "--crop", "True"]
+# package: the options for OpenCV's sample, for ours to do the same, and how far the logits may be
+# apart: theirs rounds a picture that it resizes first to whole numbers
+SAMPLES = {
+    "opencv-python-headless==5.0.*": (
+        [],
+        ["--scale", str(1 / 255), *MEAN, *STD, "--rgb", "True"],
+        0.006,
+    ),
+    "opencv-python-headless==4.10.*": ([*STD, *SIZE], SIZE, 0.03),
+}
+
+
+@pytest.fixture(scope="session")
+def download_samples(tmp_path_factory):
+    """download_samples(package): the folder samples/dnn of OpenCV's source package."""
+
+    @functools.cache
+    def download(package):
+        folder = tmp_path_factory.mktemp("samples")
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", package]
+        command += ["--no-binary", "opencv-python-headless", "-d", folder]
+        if subprocess.run(command).returncode:
+            pytest.skip(f"the source package of {package} can't be downloaded")
+        with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+            for member in archive:
+                if "/opencv/samples/dnn/" in member.name and member.isfile():
+                    archive.extract(member, folder, filter="data")
+        return next(folder.glob("*/opencv/samples/dnn"))
+
+    return download
+
+
+@pytest.fixture
+def koala(folder):
+    """The picture in the size of the blob, in a format without loss."""
+    path = folder / "koala.png"
+    cv2.imwrite(str(path), cv2.resize(cv2.imread(str(KOALA)), (224, 224)))
+    return path
+
+
+@pytest.mark.parametrize("package", SAMPLES)
+def test_opencvs_sample(convert, install, start_with, download_samples, koala, package):
+    """OpenCV's own classification.py takes each entry by name, and names the class that ours does.
+
+    It runs in the entries' folder, for the files that they name.
+    """
+    python, sample = install(package), download_samples(package) / "classification.py"
+    theirs, ours, tolerance = SAMPLES[package]
+    for name in MODELS:
+        path, _ = convert(name)
+        command = [python, "-c", WITHOUT_WINDOWS, sample, name, "--zoo", "models.yml"]
+        result = start_with(*command, "--input", koala, *theirs, cwd=path.parent)
+        assert result.returncode == 0, result.stderr
+        shown = [text.rpartition(": ") for text in re.findall("^text: (.*)$", result.stdout, re.M)]
+        shown = [(float(logit), label) for label, _, logit in shown if not logit.endswith(" ms")]
+        logit, label = max(shown)
+
+        command = [python, ROOT / "classification.py", "--top_k", "5", *ours, "--input", koala]
+        if "--scale" in ours:  # the file without its entry
+            shutil.copy(path, koala.with_name("net.onnx"))
+            command += ["net.onnx", "--classes", path.with_name("imagenet_classes.txt")]
+        else:
+            command += ["--zoo", path.with_name("models.yml"), "--", name]
+        answer = start_with(*command)
+        assert answer.returncode == 0, answer.stderr
+        labels = re.findall("label: (.*)$", answer.stdout, re.M)
+        logits = [float(c) for c in re.findall("confidence: (.*)$", answer.stdout, re.M)]
+        assert logits[labels.index(label)] == pytest.approx(logits[0], abs=tolerance)
+        assert logits[0] == pytest.approx(logit, abs=tolerance)
+    print(f"the sample of {package} answers like ours with {len(MODELS)} networks")
+
+
+def test_among_opencvs_samples(convert, install, start_with, download_samples, koala, env, folder):
+    """Ours, under another name in OpenCV's folder: their entries by name, in their folders."""
+    package = "opencv-python-headless==5.0.*"
+    path, _ = convert("squeezenet1_1")
+    shutil.copytree(download_samples(package), folder / "dnn")
+    shutil.copy(ROOT / "classification.py", folder / "dnn" / "classification_onnx.py")
+    zoo = folder / "dnn" / "models.yml"
+    their_sha1 = re.search('^squeezenet:.*?sha1: "(.*?)"', zoo.read_text(), re.M | re.S).group(1)
+    sha1 = hashlib.sha1(path.read_bytes()).hexdigest()
+    zoo.write_text(zoo.read_text().replace(their_sha1, sha1))
+    (folder / "cache" / sha1).mkdir(parents=True)
+    shutil.copy(path, folder / "cache" / sha1 / "squeezenet1.1-7.onnx")
+    (folder / "data" / "dnn").mkdir(parents=True)
+    names = "".join(f"name {i}\n" for i in range(1000))
+    (folder / "data" / "dnn" / "classification_classes_ILSVRC2012.txt").write_text(names)
+    shutil.copytree(path.parent, folder / "dnn" / "models")  # where ours looks first
+    env["OPENCV_DOWNLOAD_CACHE_DIR"] = str(folder / "cache")
+    env["OPENCV_SAMPLES_DATA_PATH"] = str(folder / "data")
+    python, answers = install(package), []
+    for script in ("classification.py", "classification_onnx.py"):
+        command = [python, "-c", WITHOUT_WINDOWS, folder / "dnn" / script, "squeezenet"]
+        result = start_with(*command, "--input", koala, cwd=folder / "dnn")
+        assert result.returncode == 0, result.stderr
+        texts = re.findall(r"^text: (name \d+): (-?\d+\.\d+)$", result.stdout, re.M)
+        answers.append(max((float(logit), label) for label, logit in texts))
+    (theirs, their_label), (ours, label) = answers
+    assert label == their_label
+    assert ours == pytest.approx(theirs, abs=0.006)  # they print two decimals

@@ -38,6 +38,23 @@ def get_einsum(equation="B C I D, B C J D -> B C I J"):
     return [helper.make_node("Einsum", ["input", "input"], ["output"], equation=equation)], []
 
 
+def get_einsum_with(equation, *sizes):
+    """MViTv2's relative positions: OpenCV's Einsum can't broadcast."""
+    positions = constant("positions", np.random.default_rng(5).standard_normal(sizes))
+    node = helper.make_node("Einsum", ["input", "positions"], ["output"], equation=equation)
+    return [node], [positions]
+
+
+def get_col2im():
+    """VOLO's fold: (batch, 3 channels of 4x4 blocks, 2x2 of them) to (batch, 3, 7, 6)."""
+    nodes = [
+        helper.make_node("Reshape", ["input", "blocks"], ["columns"]),
+        helper.make_node("Col2Im", ["columns", "image", "block"], ["output"], strides=[2, 2]),
+    ]
+    values = {"blocks": [0, 48, 4], "image": [7, 6], "block": [4, 4]}
+    return nodes, [constant(name, value, np.int64) for name, value in values.items()]
+
+
 def get_gate():
     """Squeeze-and-excitation: input * HardSigmoid(mean(input)), as PyTorch's new exporter has it"""
     nodes = [
@@ -85,6 +102,9 @@ FAULTS = {
     "gelu": get_gelu,
     "einsum": get_einsum,
     "einsum without transposition": lambda: get_einsum("B C I J, B C J D -> B C I D"),
+    "einsum over rows": lambda: get_einsum_with("bhwc,hkc->bhwk", 3, 8, 8),
+    "einsum over columns": lambda: get_einsum_with("bhwc,wkc->bhwk", 8, 8, 8),
+    "col2im": get_col2im,
     "gate": get_gate,
     "zeros": get_zeros,
     "tanh": get_tanh,
@@ -100,7 +120,9 @@ def make_proto(fault):
         for name in ("input", "output")
     ]
     graph = helper.make_graph(nodes, "graph", tensors[:1], tensors[1:], constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    opset = helper.make_opsetid("", 18 if fault == "col2im" else 17)
+    proto = helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    return onnx.shape_inference.infer_shapes(proto)
 
 
 # the operators that a rewrite mends, or that OpenCV fuses with them
@@ -108,6 +130,9 @@ GUILTY = {
     "gelu": "Mul",
     "einsum": "Einsum",
     "einsum without transposition": "Einsum",
+    "einsum over rows": "Einsum",
+    "einsum over columns": "Einsum",
+    "col2im": "Col2Im",
     "gate": "Mul output, after HardSigmoid",
     "zeros": "Add output, after ConstantOfShape",
     "tanh": "Tanh",
@@ -125,7 +150,7 @@ def test_the_first_wrong_node_is_located(tmp_path, fault):
     onnx.save(proto, tmp_path / "graph.onnx")
     expected = ReferenceEvaluator(proto).run(None, {"input": BLOB})[0]
     line = locate(tmp_path / "graph.onnx", "new", [("noise", BLOB, expected)])
-    assert line.startswith(f"first wrong node: {GUILTY[fault]}"), line
+    assert line.startswith(GUILTY[fault]), line
     assert "\n" not in line
     line = locate(tmp_path / "graph.onnx", "new", [("noise", BLOB, 1.1 * expected)])
     assert "exported file itself departs from PyTorch" in line
@@ -149,8 +174,9 @@ def test_rewrite(tmp_path, fault):
     if cv2.__version__ == "5.0.0":  # in a version where this fails, the rewrite can go
         assert not is_right(proto)
     make_readable(proto)
-    rewritten = ReferenceEvaluator(proto).run(None, {"input": BLOB})[0]
-    assert np.allclose(rewritten, expected, atol=1e-5)
+    if fault != "col2im":  # onnx 1.23's evaluator can't run a ConvTranspose with groups
+        rewritten = ReferenceEvaluator(proto).run(None, {"input": BLOB})[0]
+        assert np.allclose(rewritten, expected, atol=1e-5)
     assert is_right(proto)
 
 
@@ -265,6 +291,39 @@ class Cancels(torch.nn.Module):
 
     def forward(self, x):
         return (x.flatten(1) + 1e6) - 1e6
+
+
+class AddsToDarkPictures(torch.nn.Module):
+    """A linear network; another one for pictures whose mean is below -1."""
+
+    def __init__(self, amount):
+        super().__init__()
+        self.amount = amount
+        torch.manual_seed(1)
+        self.linear = torch.nn.Linear(192, 5)
+
+    def forward(self, x):
+        logits = self.linear(x.flatten(1))
+        dark = torch.relu(-1 - x.mean(dim=(1, 2, 3)))
+        return logits + self.amount * dark[:, None] * logits.abs()
+
+
+def test_evidence_has_a_dark_and_a_bright_copy(tmp_path):
+    """A file that is wrong for dark pictures only isn't taken."""
+    blob = BLOB[:1].clip(-2, 2)
+    right, wrong = AddsToDarkPictures(0.5).eval(), AddsToDarkPictures(0.6).eval()
+    references = get_references(right, blob)
+    (_, picture, _), (name, copies, logits), (_, noise, _) = references
+    assert np.array_equal(picture, blob)
+    assert copies.mean(axis=(1, 2, 3)) == pytest.approx([-1.5, 1.5], abs=0.1)
+    assert copies.std() > 1 and copies[0].std() == pytest.approx(blob.std() / 4, rel=0.1)
+    assert len(noise) == 2 and abs(noise.mean()) < 0.2
+    path = tmp_path / "dark.onnx"
+    export_by_dynamo(right, path, blob.shape)
+    verify(path, references)
+    export_by_dynamo(wrong, path, blob.shape)
+    with pytest.raises(NetworksDisagree, match=f"wrong on {name}"):
+        verify(path, references)
 
 
 def test_how_far_float32_is_from_float64(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shutil
+from pathlib import Path
 
 import cv2
 import pytest
@@ -216,6 +217,28 @@ def test_labels_is_another_word_for_classes(run, folder, zoo):
     (folder / "mine.txt").write_text("mine\n" * 1000)
     options = ["net", "--zoo", zoo, "--input", KOALA, "--labels", "mine.txt"]
     assert "label: mine\n" in run("classification.py", *options).stdout
+
+
+def test_files_are_found_where_opencvs_samples_keep_them(run, folder, zoo, monkeypatch):
+    """The model in the download folder, by its SHA-1 or by its name; the names in the data."""
+    sha1 = hashlib.sha1((zoo.parent / "net.onnx").read_bytes()).hexdigest()
+    arguments = ["classification.py", "net", "--zoo", zoo, "--input", KOALA]
+    for target in (Path("cache", sha1), Path("cache")):
+        (folder / target).mkdir(parents=True, exist_ok=True)
+        model = next(folder.rglob("net.onnx"))
+        model.rename(folder / target / "net.onnx")
+        check_one_line(run(*arguments), "net.onnx", "no such file")
+        monkeypatch.setenv("OPENCV_DOWNLOAD_CACHE_DIR", str(folder / "cache"))
+        assert "label: name " in run(*arguments).stdout
+        monkeypatch.delenv("OPENCV_DOWNLOAD_CACHE_DIR")
+    monkeypatch.setenv("OPENCV_DOWNLOAD_CACHE_DIR", str(folder / "cache"))
+    for target in ("data", "data/dnn"):
+        (folder / target).mkdir(exist_ok=True)
+        next(folder.rglob("names.txt")).rename(folder / target / "names.txt")
+        monkeypatch.delenv("OPENCV_SAMPLES_DATA_PATH", raising=False)
+        check_one_line(run(*arguments), "names.txt")
+        monkeypatch.setenv("OPENCV_SAMPLES_DATA_PATH", str(folder / "data"))
+        assert "label: name " in run(*arguments).stdout
 
 
 def test_a_size_of_its_own(run, folder):
