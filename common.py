@@ -6,6 +6,7 @@ scripts import it from here, and from nowhere else.
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -168,14 +169,10 @@ def add_to_zoo(alias, converted, preprocessing, classes):
 
 
 def to_yaml(value):
-    """A number, text, bool, list or dictionary as YAML, in one line."""
+    """A value of an entry in one line; JSON is YAML, but cv2 doesn't take keys in quotes."""
     if isinstance(value, dict):
-        return f"{{ {', '.join(f'{k}: {to_yaml(v)}' for k, v in value.items())} }}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(to_yaml, value))}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+        return f"{{ {', '.join(f'{key}: {to_yaml(item)}' for key, item in value.items())} }}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def copy_classes(classes, onnx_path):

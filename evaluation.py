@@ -521,10 +521,11 @@ def get_published(network):
     return entry.meta["_metrics"]["ImageNet-1K"]
 
 
-def get_about(key, engine, seconds, forward_seconds):
-    """What you need to repeat the run, besides the figures."""
+def get_about(key, engine, seconds, records):
+    """What you need to repeat the run, besides the figures. records: of this process."""
     import torch
 
+    passes = [r[n]["ms"] * r["pictures"] for r in records.values() for n in NETWORKS if n in r]
     return key | {
         "engine": engine,
         "processes": get_processes(),
@@ -533,7 +534,7 @@ def get_about(key, engine, seconds, forward_seconds):
         "numpy": np.__version__,
         "threads": {"torch": torch.get_num_threads(), "opencv": cv2.getNumThreads()},
         "seconds": seconds,  # of this process, since its last start
-        "forward_seconds": forward_seconds,
+        "forward_seconds": sum(passes) / 1000,
     }
 
 
@@ -626,16 +627,55 @@ def evaluate(network, converted, preprocessing, data, config, args):
     TooManySkipped if too many pictures can't be read, and on Ctrl-C KeyboardInterrupt, after
     writing the results so far as partial.
     """
-    pictures, size = data.pictures, config.batch_size
+    check_class_ids(data.pictures, converted.classes)
     preprocessing = dataclasses.replace(preprocessing, rgb=config.bgr_to_rgb)
-    check_class_ids(pictures, converted.classes)
     get_blob, settings = get_blob_maker(network, preprocessing, args.preprocess)
     settings = {"frame_size": preprocessing.width, "preprocessing": settings}
     key = get_evaluation_key(network, converted, settings, data, config, args)
     stem = converted.path.stem
-    title = f"{stem}, {network.weights.name.replace(RANDOM, 'RANDOM')} weights"
+    state_path, state_files, engine, records = resume(stem, key, len(data.pictures), args.resume)
+
+    keep_large_blocks()
+    shape = (min(config.batch_size, len(data.pictures)), 3, *[preprocessing.width] * 2)
+    if get_rank() == 0:
+        few = np.random.default_rng(SEED).standard_normal(
+            (min(8, shape[0]), *shape[1:]), np.float32
+        )
+        engine = choose_engine(converted, few, engine or args.engine)
+    engine = gather(engine)[0]
+    append_state(state_path, {"engine": engine})
+    net = read_onnx(converted.path, engine)
+    forwards = (prepare_pytorch(network.model), lambda blob: run_opencv(net, blob))
+    networks = dict(zip(NETWORKS, forwards, strict=True))
+    batches = [data.pictures[i : i + shape[0]] for i in range(0, len(data.pictures), shape[0])]
+    start = time.perf_counter()
+    new, interrupted = run_batches(batches, records, networks, get_blob, shape, state_path)
+    seconds = time.perf_counter() - start
+
+    for found in gather(new):
+        records |= found
+    read = sum(record["pictures"] for record in records.values())
+    if not read and not interrupted:
+        reason = records[0]["skipped"][0][1]
+        raise RequestError(f"none of the {len(data.pictures)} pictures can be read: {reason}")
+    if read and get_rank() == 0:
+        about = get_about(key, engine, seconds, new)
+        figures = get_figures(records, len(data.pictures), get_published(network))
+        title = f"{stem}, {network.weights.name.replace(RANDOM, 'RANDOM')} weights"
+        write_results(stem, title, records, figures, about)
+    if interrupted:
+        raise KeyboardInterrupt
+    gather(None)  # the states are kept until rank 0 has written the figures
+    for path in {*state_files, state_path}:
+        path.unlink(missing_ok=True)
+    if get_rank() == 0:
+        check_figures(figures)
+
+
+def resume(stem, key, pictures, wanted):
+    """(state file of this process, state files found, their engine or None, {batch: record})."""
     state_path, state_files = find_states(stem, key)
-    if not args.resume:
+    if not wanted:
         for path in state_files:
             path.unlink(missing_ok=True)
         gather(None)
@@ -646,28 +686,26 @@ def evaluate(network, converted, preprocessing, data, config, args):
             engine, records = engine or found_engine, records | found_records
     if records:
         done = sum(r["pictures"] + len(r["skipped"]) for r in records.values())
-        print(f"going on after {done} of {len(pictures)} pictures; --resume False starts anew")
+        print(f"going on after {done} of {pictures} pictures; --resume False starts anew")
+    return state_path, state_files, engine, records
 
-    keep_large_blocks()
-    shape = (3, preprocessing.height, preprocessing.width)
-    if get_rank() == 0:
-        few = np.random.default_rng(SEED).standard_normal((min(8, size), *shape), np.float32)
-        engine = choose_engine(converted, few, engine or args.engine)
-    engine = gather(engine)[0]
-    net = read_onnx(converted.path, engine)
-    forwards = (prepare_pytorch(network.model), lambda blob: run_opencv(net, blob))
-    networks = dict(zip(NETWORKS, forwards, strict=True))
-    append_state(state_path, {"engine": engine})
 
-    batches = [pictures[i : i + size] for i in range(0, len(pictures), size)]
+def run_batches(batches, records, networks, get_blob, shape, state_path):
+    """({batch: record} of this process's share of what `records` lacks, whether Ctrl-C ended it).
+
+    shape: of a whole batch's blob.
+    """
     missing = [i for i in range(len(batches)) if i not in records]
     todo = missing[get_rank() :: get_processes()]
-    buffer = np.empty((min(size, len(pictures)), *shape), np.float32)
-    start, forward_seconds, interrupted = time.perf_counter(), 0.0, False
-    total = sum(len(batches[i]) for i in todo)
+    buffer = np.empty(shape, np.float32)
+    new, interrupted = {}, False
     with (
         ThreadPoolExecutor(os.cpu_count()) as workers,
-        tqdm(total=total, unit=" pictures", disable=None if get_rank() == 0 else True) as bar,
+        tqdm(
+            total=sum(len(batches[i]) for i in todo),
+            unit=" pictures",
+            disable=None if get_rank() == 0 else True,  # None: only on a terminal
+        ) as bar,
     ):
         for turn in range(-(-len(missing) // get_processes())):  # the same number in each process
             if turn % ROLL_CALL == 0 and any(gather(interrupted)):
@@ -681,31 +719,12 @@ def evaluate(network, converted, preprocessing, data, config, args):
                 record = {"batch": i, "warm_up": turn == 0, "pictures": 0, "skipped": skipped}
                 if labels:
                     record |= evaluate_batch(networks, blob, labels, names)
-                    forward_seconds += sum(record[n]["ms"] for n in NETWORKS) * len(labels) / 1000
                 append_state(state_path, record)
-                records[i] = record
+                new[i] = record
                 bar.update(len(batches[i]))
             except KeyboardInterrupt:
                 interrupted = True
-    seconds = time.perf_counter() - start
-
-    for found in gather(records):
-        records |= found
-    read = sum(record["pictures"] for record in records.values())
-    if not read and not interrupted:
-        reason = records[0]["skipped"][0][1]
-        raise RequestError(f"none of the {len(pictures)} pictures can be read: {reason}")
-    if read and get_rank() == 0:
-        about = get_about(key, engine, seconds, forward_seconds)
-        figures = get_figures(records, len(pictures), get_published(network))
-        write_results(stem, title, records, figures, about)
-    if interrupted:
-        raise KeyboardInterrupt
-    gather(None)  # the states are kept until rank 0 has written the figures
-    for path in {*state_files, state_path}:
-        path.unlink(missing_ok=True)
-    if get_rank() == 0:
-        check_figures(figures)
+    return new, interrupted
 
 
 def check_figures(figures):

@@ -1,13 +1,16 @@
 """The figures of an evaluation and the choice of the engine, against values computed here."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 
 import conversion
 import evaluation
 import verify
+from common import NetworksDisagree
 from networks import Network, Weights
 from verify import Difference
 
@@ -84,6 +87,46 @@ def test_disagreements_name_the_picture():
     record = evaluation.evaluate_batch(networks, None, [0, 0], ["a.jpg", "b.jpg"])
     assert record["disagreements"] == [["b.jpg", 0, 1]]
     assert [record[name]["top1"] for name in logits] == [2, 1]
+    record |= {"batch": 0, "warm_up": True, "skipped": []}
+    figures = evaluation.get_figures({0: record, 1: record}, 4, {})
+    assert figures["difference"]["same_class"] == 2
+
+
+def test_a_skipped_picture_shifts_no_label(tmp_path):
+    """Pictures of one grey value, which is their label, and which both networks name."""
+    batches = [[(str(tmp_path / f"{v}.png"), v) for v in values] for values in ([3, 1, 4], [5, 9])]
+    for path, value in sum(batches, []):
+        cv2.imwrite(path, np.full((2, 2, 3), value, np.uint8))
+    Path(batches[0][1][0]).write_bytes(b"broken")
+
+    def name_value(blob):
+        return np.eye(10, dtype=np.float32)[blob[:, 0, 0, 0].astype(int)]
+
+    records, interrupted = evaluation.run_batches(
+        batches,
+        {},
+        dict.fromkeys(evaluation.NETWORKS, name_value),
+        lambda picture: picture[None, :1, :1, :1].astype(np.float32),
+        (3, 1, 1, 1),
+        tmp_path / "run.state",
+    )
+    assert not interrupted
+    assert [record["warm_up"] for record in records.values()] == [True, False]
+    assert [record["pictures"] for record in records.values()] == [2, 2]
+    for record in records.values():
+        assert [record[name]["top1"] for name in evaluation.NETWORKS] == [2, 2]
+    assert [path for path, _ in records[0]["skipped"]] == [batches[0][1][0]]
+
+
+def test_the_limit_of_a_finished_evaluation():
+    difference = {"l1": 0.0, "l_inf": 0.0, "relative": 0.99e-4, "same_class": 2, "pictures": 3}
+    figures = {"difference": difference, "skipped": ["a"], "pictures": 100}
+    evaluation.check_figures(figures)  # a tie that falls the other way isn't a fault
+    with pytest.raises(evaluation.TooManySkipped):
+        evaluation.check_figures(figures | {"pictures": 99})
+    for relative in (1.01e-4, float("nan")):
+        with pytest.raises(NetworksDisagree):
+            evaluation.check_figures(figures | {"difference": difference | {"relative": relative}})
 
 
 @pytest.mark.parametrize("fastest", ["new", "classic"])
