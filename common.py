@@ -56,7 +56,7 @@ class NetworksDisagree(RequestError):
 def find_bundled(path):
     """`path` beside the scripts if it exists there, so that they run from any folder.
 
-    In the scripts' own folder it stays as short as it is, for the messages.
+    In the scripts' own folder the path stays short, for the messages.
     """
     beside = SCRIPT_DIR / path
     return str(beside) if beside.exists() and Path.cwd() != SCRIPT_DIR else path

@@ -68,8 +68,8 @@ class BranchesOnInput(RequestError):
 def find_network(name, weights, models_dir):
     """The Network as the metadata of its converted file describe it, without its module.
 
-    None if there is no such file, if the weights aren't the ones it was made from, or if other
-    versions made it. Needs no torch.
+    None if the file is missing, or was made from other weights or with other versions. Doesn't
+    import torch.
     """
     if is_own(name):  # what the user's code computes is unknown
         return None
@@ -293,7 +293,7 @@ def check_branches(model, blob_shape):
         cause = error.__context__
         while cause is not None and not isinstance(cause, GuardOnDataDependentSymNode):
             cause = cause.__context__
-        if cause is None:  # it can't be exported in this way, which proves nothing
+        if cause is None:  # it can't be exported like this, which proves nothing
             return
         packages = str(Path(torch.__file__).parent)
         frames = traceback.extract_tb(cause.__traceback__)
@@ -325,7 +325,7 @@ def export_by_dynamo(model, path, blob_shape):
 def failing_export(exporter, blob_shape):
     """Turn whatever an exporter raises into RequestError; yield the list of its warnings.
 
-    What the file is worth is verified afterwards.
+    The file is verified afterwards, so any exception will do.
     """
     height, width = blob_shape[2:]
     with warnings.catch_warnings(record=True) as caught:

@@ -70,7 +70,7 @@ class Data:
 
     pictures: list  # (path, class ID)
     root: str  # their folder
-    bundled: bool  # whether they are the ones of this project
+    bundled: bool  # whether they come with this project
 
 
 def get_data(config, named_root, named_labels):
@@ -334,7 +334,7 @@ def count_correct(logits, labels, k):
 #
 # Each finished batch is a line of JSON in a state file, whose name has a hash of everything that
 # the figures depend on. All figures are computed from these records, in the order of the batches.
-# So a run that was killed and goes on ends with the figures of one that was never stopped, and
+# So a run that was killed and resumed ends with the figures of one that was never stopped, and
 # several processes end with those of one, as long as PyTorch's rounding doesn't depend on its
 # number of threads.
 
@@ -377,7 +377,7 @@ def read_state(path):
 
 
 def append_state(path, record):
-    """Add a line to the state file, such that it survives a power failure."""
+    """Add a line to the state file, and sync it to the disk in case the power fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
@@ -391,8 +391,8 @@ def append_state(path, record):
             os.fsync(file.fileno())
     except OSError as error:
         raise RequestError(
-            f"{path}: can't be written: {error.strerror}; what was evaluated before is kept: the "
-            "same command goes on from there"
+            f"{path}: can't be written: {error.strerror}; what was evaluated before is kept: "
+            "repeat the command to continue"
         ) from None
 
 
@@ -598,8 +598,8 @@ def gather(value):
         dist.all_gather_object(values, value)
     except RuntimeError:
         raise RequestError(
-            "another process of this run has ended; what was evaluated is kept: the same command "
-            "goes on from there"
+            "another process of this run has ended; what was evaluated is kept: repeat the command "
+            "to continue"
         ) from None
     return values
 
@@ -623,7 +623,7 @@ def in_turn(function):
 def evaluate(network, converted, preprocessing, data, config, args):
     """Run both networks over the pictures and write the results.
 
-    Takes up a run of the same key that was stopped. Raises NetworksDisagree if the networks do,
+    Resumes a stopped run with the same key. Raises NetworksDisagree if the networks do,
     TooManySkipped if too many pictures can't be read, and on Ctrl-C KeyboardInterrupt, after
     writing the results so far as partial.
     """
@@ -686,7 +686,7 @@ def resume(stem, key, pictures, wanted):
             engine, records = engine or found_engine, records | found_records
     if records:
         done = sum(r["pictures"] + len(r["skipped"]) for r in records.values())
-        print(f"going on after {done} of {pictures} pictures; --resume False starts anew")
+        print(f"resuming after {done} of {pictures} pictures; --resume False starts over")
     return state_path, state_files, engine, records
 
 

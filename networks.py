@@ -1,7 +1,7 @@
 """A name and weights in, a PyTorch network in eval mode out.
 
-Networks of torchvision's or your own, with torchvision's weights, a checkpoint file's, the ones
-they are returned with, or random ones.
+The network is torchvision's or your own; its weights are torchvision's, a checkpoint file's, those
+that your function returns it with, or random.
 
 torch takes seconds to import, so functions import it where they need it: a mistyped option is
 reported at once, and a network that was converted before needs no torch at all.
@@ -99,8 +99,8 @@ def load_network(name, weights, frame_size=None, or_random=True):
         if weights.kind == "file" and name in BUILD_OPTIONS:
             print(
                 f"NOTE: {weights.path}: assuming a network with transform_input=True, like "
-                "torchvision's trained ones; the file doesn't say. If yours is without, give "
-                "--model_name MODULE:FUNCTION",
+                "torchvision's trained ones; the file doesn't say. If yours was trained without "
+                "it, give --model_name MODULE:FUNCTION",
                 file=sys.stderr,
             )
         model = load_weights(name, weights.path, size, weights.key)
@@ -166,8 +166,8 @@ def find_torchvision_weights(name, weights, or_random):
             ) from None
         print(f"WARNING: {reason}", file=sys.stderr)
         print(
-            "WARNING: going on with RANDOM WEIGHTS: the conversion is proved all the same, "
-            "but no answer means anything",
+            "WARNING: continuing with RANDOM WEIGHTS: they prove the conversion just as well, "
+            "but the answers mean nothing",
             file=sys.stderr,
             flush=True,
         )
@@ -364,7 +364,7 @@ def build_seeded_network(name, frame_size):
 
 
 def calibrate(model, width, height):
-    """Change random weights such that a wrong conversion shows; pictures of width x height px.
+    """Change random weights so that a wrong conversion shows; pictures are width x height px.
 
     Parameters that start as one constant are shaken: with a head of zeros, as torchvision's ViT
     has it, any two networks agree, and layer scales of 1e-6 or biases of 0 hide errors behind

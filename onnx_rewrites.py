@@ -1,7 +1,7 @@
 """Put an ONNX graph into a form that OpenCV reads right.
 
 Each function works around one fault of OpenCV's importer without changing what the graph computes.
-A file that needs none of them comes out as it went in. verify.py decides whether the file is right.
+A file that needs none of them stays as it is. verify.py decides whether it is right.
 """
 
 import re

@@ -55,8 +55,7 @@ from networks import (
 from test_config import LOGS_DIR, MODELS_DIR, RESULTS_DIR, TestClsConfig, TestClsModuleConfig
 from verify import get_references, verify
 
-# The tutorial's networks: names that need no torchvision to be recognized. All others of
-# torchvision's classifiers work as well.
+# The tutorial's networks, recognized without torchvision. All of its other classifiers work, too.
 MODELS = [
     "alexnet", "vgg11", "vgg13", "vgg16", "vgg19",
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
@@ -134,7 +133,7 @@ def get_parser():
         help="evaluation mode: OpenCV's inference engine; auto takes the fastest that is right "
         "(default: auto)")
     add("--resume", default=True, **yes_no,
-        help="evaluation mode: go on where the same command was stopped (default: True)")
+        help="evaluation mode: continue where the same command was stopped (default: True)")
     add_config(parser, TestClsConfig, "evaluation mode: TestClsConfig in test_config.py")
     add_config(parser, TestClsModuleConfig, "test mode: TestClsModuleConfig in test_config.py",
         "These defaults count with --default_img_preprocess False. Evaluation mode\n"
@@ -178,7 +177,7 @@ def read_preprocessing_options(args):
 
 
 def check_request(args, config, module_config):
-    """Raise RequestError for what can be wrong with the request, before torch is imported.
+    """Raise RequestError for a bad request, before torch is imported.
 
     Returns (the test picture, the Data of an evaluation or None).
     """
@@ -210,7 +209,7 @@ def check_request(args, config, module_config):
 
 
 def get_args():
-    """The command line, with what follows from other options."""
+    """The command line; --evaluate is the opposite of --test if it isn't given."""
     parser = get_parser()
     args = parser.parse_args()
     if args.model_name is None and not args.list_models:
@@ -303,7 +302,7 @@ def test(converted, config, preprocessing, classes):
     command += ["--classes", classes] if classes else []
     code = subprocess.run(command).returncode
     if code < 0:
-        raise RequestError(f"{config.test_module_path} was ended by signal {-code}")
+        raise RequestError(f"{config.test_module_path} was killed by signal {-code}")
     return code
 
 

@@ -1,7 +1,7 @@
 """Does OpenCV give PyTorch's answer with a converted file?
 
-Each of OpenCV's inference engines is asked in a process of its own, because a file can crash
-OpenCV, and Python with it. That process is this script:
+Each of OpenCV's inference engines runs in a process of its own, because a file can crash OpenCV,
+and Python with it. That process is this script:
 
     python verify.py resnet50.onnx new < blobs.npz > logits.npz
 """
@@ -113,7 +113,7 @@ def get_references(model, sample_blob):
 
 
 def measure_rounding(model, references):
-    """The relative error of PyTorch's float32 logits to its own in float64; nan if it can't tell.
+    """The relative error of PyTorch's float32 logits to its own in float64; nan if unknown.
 
     OpenCV can't be expected to come closer than that.
     """

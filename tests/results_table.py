@@ -6,7 +6,7 @@
 
 Random seeded weights. timm isn't in the requirements: pip install it for its table. Each network is
 measured in a process of its own, and what is measured is kept in logs/results_table.jsonl: a run
-that was stopped goes on there, one with other versions starts anew.
+that was stopped continues there, one with other versions starts over.
 """
 
 import contextlib

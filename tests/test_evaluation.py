@@ -248,7 +248,7 @@ def test_killed_at_several_points(folder, env, command, whole):
     done = count_batches(folder) - 1
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert f"going on after {4 * done} of 40 pictures" in result.stdout
+    assert f"resuming after {4 * done} of 40 pictures" in result.stdout
     assert read_figures(folder) == whole
     assert not list(folder.glob("logs/*.state"))
 
@@ -271,11 +271,11 @@ def test_other_settings_take_nothing_over(folder, env, command):
     state = list(folder.glob("logs/*.state"))
     other = [*command, "--batch_size", "20"]
     result = subprocess.run(other, cwd=folder, env=env, capture_output=True, text=True)
-    assert "going on" not in result.stdout
+    assert "resuming" not in result.stdout
     assert list(folder.glob("logs/*.state")) == state
     anew = [*command, "--resume", "False"]
     result = subprocess.run(anew, cwd=folder, env=env, capture_output=True, text=True)
-    assert "going on" not in result.stdout
+    assert "resuming" not in result.stdout
     assert not list(folder.glob("logs/*.state"))
 
 
@@ -333,7 +333,7 @@ def test_full_disk(folder, env, command, whole):
     assert len(stderr.splitlines()) == 1 and "can't be written" in stderr
     assert count_batches(folder) >= 1
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert "going on after" in result.stdout
+    assert "resuming after" in result.stdout
     assert read_figures(folder) == whole
 
 
@@ -367,7 +367,7 @@ def test_two_machines_give_the_figures_of_one(folder, env, command, whole, free_
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run(folder, env, command, whole):
-    """With an error, no hang; and one process goes on from what both have done."""
+    """With an error, no hang; and one process continues from what both have done."""
     agent = start([*TORCHRUN, "--standalone", "--nproc-per-node", "2", *command[1:]], folder, env)
     while count_batches(folder) < 2 and agent.poll() is None:
         time.sleep(0.005)
@@ -379,7 +379,7 @@ def test_a_rank_that_dies_ends_the_run(folder, env, command, whole):
     assert agent.returncode != 0
     assert not (folder / "logs" / "squeezenet1_1_summary.json").exists()
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert "going on after" in result.stdout
+    assert "resuming after" in result.stdout
     assert read_figures(folder) == whole
 
 
@@ -393,5 +393,5 @@ def test_results_that_cannot_be_written_under_torchrun(folder, env, command, who
     assert count_batches(folder) == 10
     (folder / "logs" / "squeezenet1_1_log.txt").rmdir()
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert "going on after 40 of 40 pictures" in result.stdout
+    assert "resuming after 40 of 40 pictures" in result.stdout
     assert read_figures(folder) == whole
