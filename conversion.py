@@ -1,7 +1,7 @@
 """A PyTorch network in, a verified ONNX file out.
 
-Export, OpenCV's faults rewritten, the same answer on each engine: only then does the file get its
-name. It remembers what it was made from, so that a second conversion takes milliseconds and
+Export, rewrite around OpenCV's faults, compare the answer on each engine: only then does the file
+get its name. It remembers what it was made from, so that a second conversion takes milliseconds and
 doesn't import torch.
 """
 
@@ -53,7 +53,7 @@ class Converted:
     """A network's file for OpenCV."""
 
     path: Path
-    engines: list  # OpenCV's engines that are right with it, the fastest first
+    engines: list  # OpenCV's engines that give PyTorch's answer with it, the fastest first
     classes: int  # how many logits it has
     load_info: dict | None = None  # its hashes, if they are known
 
@@ -85,7 +85,7 @@ def find_network(name, weights, models_dir):
             preprocessing = json.loads(about["preprocessing"])
             preprocessing |= {key: tuple(preprocessing[key]) for key in ("mean", "std")}
             network = Network(name, found, Preprocessing(**preprocessing))
-        except (KeyError, ValueError, TypeError):  # not a file of this program, or damaged
+        except (KeyError, ValueError, TypeError):  # not written by this program, or damaged
             continue
         wanted = (weights.kind, weights.name or found.name)
         if (found.kind, found.name) != wanted or not get_versions().items() <= about.items():
@@ -153,7 +153,7 @@ def get_key(network, blob_shape):
 
 
 def read_metadata(path):
-    """{name: text} of a converted file's metadata; {} if there are none, or no whole ONNX file."""
+    """{name: text} of a file's metadata; {} if it has none, or isn't a complete ONNX file."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -186,7 +186,7 @@ def convert(network, onnx_path, references):
     Raises NetworksDisagree if OpenCV doesn't give PyTorch's answer, and RequestError if the network
     can't be exported. A file that was there before stays until the new one is verified.
     """
-    _, sample_blob, logits = references[0]
+    _, sample_blob, logits = references[0]  # the picture's
     failures = []
     for export in (export_by_torchscript, export_by_dynamo):
         with folder_beside(onnx_path) as folder:
@@ -207,15 +207,15 @@ def convert(network, onnx_path, references):
         print(f"{onnx_path}: converted and verified; taking the {engines[0]} engine")
         if is_default_wrong(engines):
             print(
-                "NOTE: OpenCV's default engine isn't right with this file, and its samples take "
-                f'that one: cv2.dnn.readNetFromONNX("{onnx_path}", engine=cv2.dnn.ENGINE_CLASSIC)'
+                "NOTE: OpenCV's default engine, which its samples use, isn't right with this file; "
+                f'use cv2.dnn.readNetFromONNX("{onnx_path}", engine=cv2.dnn.ENGINE_CLASSIC)'
             )
         return converted
     reason = " -- ".join(map(str, failures))
     if not any(isinstance(error, NetworksDisagree) for error in failures):
         raise RequestError(reason)
     rounding = measure_rounding(network.model, references)
-    raise NetworksDisagree(f"{reason} -- PyTorch's float32 is {rounding:.1e} from its float64")
+    raise NetworksDisagree(f"{reason} -- PyTorch's float32 and float64 differ by {rounding:.1e}")
 
 
 @contextlib.contextmanager
@@ -233,7 +233,7 @@ def folder_beside(path):
 
 def remove_abandoned(parent):
     """Remove the temporary folders of this machine's conversions that were killed."""
-    if os.name != "posix":  # os.kill would end the process instead of asking for it
+    if os.name != "posix":  # elsewhere os.kill(pid, 0) kills the process instead of probing it
         return
     for folder in parent.glob(f".*.{platform.node()}.*.*"):
         pid = folder.name.split(".")[-2]
@@ -246,7 +246,7 @@ def remove_abandoned(parent):
 
 
 def export_by_torchscript(model, path, blob_shape):
-    """Export to ONNX for any batch size with the exporter that OpenCV's importer grew up with.
+    """Export to ONNX for any batch size, by the exporter OpenCV's importer was developed against.
 
     Deprecated since PyTorch 2.9, but several times faster than the new one, and OpenCV 5.0.0
     reads its graphs with fewer rewrites. Raises RequestError if it can't, or if the network
@@ -278,7 +278,7 @@ def check_branches(model, blob_shape):
     """Raise RequestError if the network's code branches on the values of its input.
 
     Tracing keeps the one branch that it sees, and the file is silently wrong for pictures that
-    take the other. The tracer warns of branches on shapes as well (ViT, Swin), which are harmless;
+    take the other. The tracer also warns about branches on shapes (ViT, Swin), which are harmless;
     torch.export tells the two apart.
     """
     import torch
@@ -295,17 +295,17 @@ def check_branches(model, blob_shape):
             cause = cause.__context__
         if cause is None:  # it can't be exported like this, which proves nothing
             return
-        packages = str(Path(torch.__file__).parent)
+        torch_folder = os.path.join(os.path.dirname(torch.__file__), "")
         frames = traceback.extract_tb(cause.__traceback__)
-        frame = [f for f in frames if not f.filename.startswith((packages, __file__))][-1]
+        frame = [f for f in frames if not f.filename.startswith((torch_folder, __file__))][-1]
         raise BranchesOnInput(
             f"the network branches on its input ({frame.filename}, line {frame.lineno}: "
-            f"{frame.line}), and a converted network can't: use torch.where instead"
+            f"{frame.line}), and a converted network can't branch: use torch.where instead"
         ) from None
 
 
 def export_by_dynamo(model, path, blob_shape):
-    """The same with PyTorch's new exporter, which knows operators that TorchScript's lacks."""
+    """Export with PyTorch's new exporter, which knows operators that TorchScript's lacks."""
     import torch
 
     with failing_export("PyTorch's new exporter", blob_shape):
@@ -344,7 +344,7 @@ def failing_export(exporter, blob_shape):
 
 
 def rewrite(path):
-    """Put the exported graph into a form that OpenCV reads right.
+    """Put the exported graph into a form that OpenCV reads correctly.
 
     protobuf holds at most 2 GB: the weights of a larger network go to a second file, PATH.data.
     """
@@ -375,7 +375,7 @@ def add_metadata(path, network, converted, blob_shape):
     }
     proto = onnx.ModelProto()
     onnx.helper.set_model_props(proto, about)
-    with open(path, "ab") as file:  # protobuf takes what is appended for a part of the message
+    with open(path, "ab") as file:  # protobuf parses appended bytes as part of the message
         file.write(proto.SerializeToString())
 
 

@@ -1,4 +1,4 @@
-"""Put an ONNX graph into a form that OpenCV reads right.
+"""Put an ONNX graph into a form that OpenCV reads correctly.
 
 Each function works around one fault of OpenCV's importer without changing what the graph computes.
 A file that needs none of them stays as it is. verify.py decides whether it is right.

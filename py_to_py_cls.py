@@ -1,4 +1,4 @@
-"""Convert a PyTorch classifier to ONNX, prove it in OpenCV, test or evaluate it.
+"""Convert a PyTorch classifier to ONNX, verify it in OpenCV, test or evaluate it.
 
 Classify one picture; evaluate both networks; only convert and compare:
 
@@ -93,9 +93,9 @@ def get_torchvision_names():
 
 
 def non_empty(text):
-    """The text of an option."""
+    """Reject an empty option value."""
     if not text:
-        raise argparse.ArgumentTypeError("it is empty")
+        raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
@@ -117,7 +117,7 @@ def get_parser():
         "pictures, the bundled ones if you have no others (default: True, but False with --test "
         "True)")
     add("--weights", metavar="W",
-        help="torchvision's name of the weights (IMAGENET1K_V1, DEFAULT ...), a checkpoint file "
+        help="the name of torchvision's weights (IMAGENET1K_V1, DEFAULT ...), a checkpoint file "
         "with any number of classes, or 'random' (default: torchvision's first for the network, "
         "IMAGENET1K_V1 for almost all; for MODULE:FUNCTION, the ones it returns)")
     add("--weights_key", metavar="KEY",
@@ -130,20 +130,20 @@ def get_parser():
         help="evaluation mode: the centre of the resized picture, or torchvision's transforms of "
         "the weights, which its published accuracy was measured with (default: tutorial)")
     add("--engine", choices=["auto", "new", "classic"], default="auto",
-        help="evaluation mode: OpenCV's inference engine; auto takes the fastest that is right "
+        help="evaluation mode: OpenCV's inference engine; auto takes the fastest correct one "
         "(default: auto)")
     add("--resume", default=True, **yes_no,
-        help="evaluation mode: continue where the same command was stopped (default: True)")
+        help="evaluation mode: resume where the same command was interrupted (default: True)")
     add_config(parser, TestClsConfig, "evaluation mode: TestClsConfig in test_config.py")
     add_config(parser, TestClsModuleConfig, "test mode: TestClsModuleConfig in test_config.py",
-        "These defaults count with --default_img_preprocess False. Evaluation mode\n"
+        "These defaults apply with --default_img_preprocess False. Evaluation mode\n"
         "takes --scale, --mean, --std and --rsz_* as well.")
     return parser
 # fmt: on
 
 
 def add_config(parser, config_class, title, description=None):
-    """An option for each field of the dataclass, of its name and type."""
+    """Add an option for each field of the dataclass, with its name and type."""
     group = parser.add_argument_group(title, description)
     types = {int: positive_int, bool: parse_bool}
     for field in dataclasses.fields(config_class):
@@ -159,7 +159,7 @@ def add_config(parser, config_class, title, description=None):
 
 
 def fill_config(config_class, args):
-    """The dataclass with the options of the command line; its paths are found from anywhere."""
+    """The dataclass with the options of the command line; bundled paths work from any folder."""
     names = [field.name for field in dataclasses.fields(config_class)]
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     config = replace(config_class(), **given)
@@ -190,7 +190,7 @@ def check_request(args, config, module_config):
     unused = []
     if args.evaluate and not args.test:
         unused = ["crop", "rgb"]
-    if args.preprocess == "torchvision":
+    if args.evaluate and args.preprocess == "torchvision":
         unused += ["bgr_to_rgb"]
         unused += [] if args.test else ["scale", "mean", "std", "rsz_width", "rsz_height"]
     for name in unused:
@@ -236,7 +236,11 @@ def list_models():
 
 
 def get_network(args, or_random):
-    """The Network of the command line; without its module if its converted file will do."""
+    """The Network of the command line; without its model if a converted file makes it superfluous.
+
+    or_random: whether random weights may stand in for a failed download. Not on the user's own
+    pictures: figures of random weights mean nothing there.
+    """
     weights = parse_weights(args.model_name, args.weights, args.weights_key)
     network = None if args.evaluate else find_network(args.model_name, weights, MODELS_DIR)
     if network is None:
@@ -250,7 +254,7 @@ def get_preprocessings(network, args):
     given = read_preprocessing_options(args)
     if network.assumed and not given.keys() & {"scale", "mean", "std"}:
         print(
-            f"NOTE: {network.name} doesn't say how it wants its pictures: assuming torchvision's "
+            f"NOTE: {network.name} declares no preprocessing: assuming torchvision's "
             "ImageNet preprocessing; --frame_size, --scale, --mean, --std and --rsz_* change it",
             file=sys.stderr,
         )
@@ -264,7 +268,7 @@ def get_preprocessings(network, args):
 
 
 def get_converted(network, config, picture, preprocessing, args):
-    """(Converted, the file of the class names or None): converted before, or now."""
+    """(Converted, the file of the class names or None): reused, or converted now."""
     path = (
         Path(config.model)
         if config.model
@@ -277,7 +281,7 @@ def get_converted(network, config, picture, preprocessing, args):
         if network.model is None:
             network = load_network(network.name, network.weights, args.frame_size)
         references = get_references(network.model, blob)
-    count = converted.classes if converted else references[0][2].shape[1]
+    count = converted.classes if converted else references[0].logits.shape[1]
     labels = fit_labels(read_lines(config.classes), args.classes, count)
     assumed = labels and not args.classes and network.weights.kind in ("file", "own")
     if assumed and converted is None:
@@ -306,7 +310,7 @@ def test(converted, config, preprocessing, classes):
     return code
 
 
-test.__test__ = False  # for pytest
+test.__test__ = False  # keep pytest from collecting it
 
 
 def main():
@@ -315,7 +319,7 @@ def main():
         return list_models()
     config, module_config = (fill_config(c, args) for c in (TestClsConfig, TestClsModuleConfig))
     picture, data = check_request(args, config, module_config)
-    join_processes()
+    join_processes()  # torchrun's; in_turn lets the first convert for all
     network = in_turn(lambda: get_network(args, data is None or data.bundled))
     preprocessing, evaluated = get_preprocessings(network, args)
     converted, classes = in_turn(

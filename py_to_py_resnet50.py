@@ -1,4 +1,4 @@
-"""ResNet-50 from PyTorch to OpenCV: convert it, read it, see the same answer.
+"""ResNet-50 from PyTorch to OpenCV: convert it, read it, check that the answers match.
 
     python py_to_py_resnet50.py
     python py_to_py_resnet50.py --input_img cat.jpg
@@ -29,10 +29,10 @@ from verify import compare
 
 
 def get_pytorch_onnx_model(original_model, full_model_path):
-    """Export the network to ONNX: PyTorch runs it once on zeros and writes down what happens."""
+    """Export the network to ONNX: PyTorch runs it once on zeros and records the operations."""
     import torch
 
-    warnings.simplefilter("ignore", DeprecationWarning)  # of dynamo=False, in PyTorch 2.9 and later
+    warnings.simplefilter("ignore", DeprecationWarning)  # dynamo=False, in PyTorch 2.9+
     torch.onnx.export(
         original_model,
         torch.zeros(1, 3, 224, 224),
@@ -50,7 +50,7 @@ def get_preprocessed_img(img_path):
     input_img = read_picture(img_path).astype(np.float32)
     input_img = cv2.resize(input_img, (256, 256))
 
-    # for pixels from 0 to 1; blobFromImage subtracts before it scales, so its mean is times 255
+    # for pixels from 0 to 1; blobFromImage subtracts the mean before it scales, hence * 255
     mean = np.array([0.485, 0.456, 0.406]) * 255.0
     std = [0.229, 0.224, 0.225]
 
@@ -101,7 +101,7 @@ def get_args():
     add("--input_img", default=find_bundled(TestClsModuleConfig().input_img), metavar="FILE",
         help="the picture that both networks classify (default: %(default)s)")
     add("--weights", default="IMAGENET1K_V1", metavar="W",
-        help="torchvision's name of the weights (IMAGENET1K_V1, IMAGENET1K_V2), a checkpoint file, "
+        help="the name of torchvision's weights (IMAGENET1K_V1, IMAGENET1K_V2), a checkpoint file, "
         "or 'random' (default: %(default)s)")
     return parser.parse_args()
 # fmt: on
@@ -117,7 +117,7 @@ def main():
     random = network.weights.kind == "random"
 
     name = "py_to_py_resnet50" + (RANDOM_SUFFIX if random else "")
-    with whole_file(Path(MODELS_DIR) / f"{name}.onnx") as part:  # takes its name at the end
+    with whole_file(Path(MODELS_DIR) / f"{name}.onnx") as part:  # renamed only if they agree
         get_pytorch_onnx_model(network.model, str(part))
         opencv_net = cv2.dnn.readNetFromONNX(str(part))
         print("OpenCV model was successfully read. Layer IDs: \n", opencv_net.getLayerNames())

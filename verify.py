@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -88,8 +89,16 @@ def get_relative_error(reference, output):
 # --- PyTorch's answer -----------------------------------------------------------------------------
 
 
+class Reference(NamedTuple):
+    """What OpenCV's answer is compared with."""
+
+    name: str
+    blob: np.ndarray  # float32 (batch, 3, height, width)
+    logits: np.ndarray  # PyTorch's, float32 (batch, classes)
+
+
 def get_references(model, sample_blob):
-    """[(name, blob, PyTorch's logits)] for the picture's blob (1, 3, height, width) and others.
+    """[Reference] for the picture's blob (1, 3, height, width) and others.
 
     The others are batches of two, because a file may be right for one picture only: a dark and a
     bright copy of it, and noise. Raises RequestError if the logits prove nothing: if they are nan,
@@ -99,8 +108,8 @@ def get_references(model, sample_blob):
     copies = [limit + 0.25 * (sample_blob - limit) for limit in (darkest, brightest)]
     noise = np.random.default_rng(SEED).standard_normal((2, *sample_blob.shape[1:]), np.float32)
     blobs = {"picture": sample_blob, "dark, bright": np.concatenate(copies), "noise": noise}
-    references = [(name, blob, run_pytorch(model, blob)) for name, blob in blobs.items()]
-    logits = np.concatenate([logits for _, _, logits in references])
+    references = [Reference(name, blob, run_pytorch(model, blob)) for name, blob in blobs.items()]
+    logits = np.concatenate([reference.logits for reference in references])
     with np.errstate(invalid="ignore"):  # inf - inf
         spread = np.ptp(logits, axis=0).max()
     # > and not "not <=", which would let nan and inf pass

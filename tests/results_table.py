@@ -311,6 +311,8 @@ def measure_apart(name):
         return json.loads(child.stdout.splitlines()[-1])
     lines = child.stderr.splitlines() or [f"exit code {child.returncode}"]
     failure = lines[-1].partition("error: ")[2] or lines[-1]
+    if child.returncode < 0:
+        failure = f"killed by signal {-child.returncode}, which is 9 if the memory is full"
     record = {"network": name, "member": "", "date": str(datetime.date.today())}
     return record | {"versions": get_versions(), "failure": failure}
 

@@ -375,7 +375,7 @@ def test_own_architecture_that_ends_the_process(run, folder, name):
     result = run("py_to_py_cls.py", *options)
     assert result.returncode == 2
     note, error = result.stderr.splitlines()
-    assert note.startswith(f"NOTE: my_module:{name} doesn't say how it wants its pictures")
+    assert note.startswith(f"NOTE: my_module:{name} declares no preprocessing")
     assert error.startswith("py_to_py_cls.py: error: ") and "SystemExit" in error
     if name == "Leaving":
         line = MY_MODULE[: MY_MODULE.index("raise SystemExit(0)\n\nclass LeavingLater")].count("\n")

@@ -340,7 +340,7 @@ def test_how_far_float32_is_from_float64(tmp_path, monkeypatch):
 
     monkeypatch.setattr(conversion, "verify", disagree)
     network = Network("cancels", Weights("own", "cancels"), Preprocessing(), Cancels())
-    with pytest.raises(NetworksDisagree, match=f"float32 is {error:.1e} from its float64"):
+    with pytest.raises(NetworksDisagree, match=f"float32 and float64 differ by {error:.1e}"):
         convert(network, tmp_path / "cancels.onnx", references)
 
 
