@@ -38,8 +38,10 @@ from networks import run_pytorch
 # 5e-5 on the classic one (RESULTS.md).
 MAX_RELATIVE_ERROR = 1e-4
 
-# The search for the first wrong node must not take longer than the conversion is worth.
-MAX_LOCATED_SIZE = 2**29  # bytes of a file: onnx's evaluator keeps the outputs of all nodes
+# Limits of the search for the first wrong node: onnx's evaluator keeps the outputs of all nodes,
+# and those of a ViT for 768x768 pictures don't fit into 24 GB.
+MAX_LOCATED_BYTES = 2**29  # of the file
+MAX_LOCATED_PIXELS = 512 * 512  # of a picture
 MAX_LOCATE_SECONDS = 60
 
 
@@ -241,8 +243,13 @@ def locate(onnx_path, engine, references):
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    if os.path.getsize(onnx_path) > MAX_LOCATED_SIZE:
-        return "unknown: the file is too large to search"
+    try:
+        onnx.checker.check_model(str(onnx_path))
+    except onnx.checker.ValidationError as error:
+        return f"none: the exporter's graph isn't valid: {one_line(error)[:100]}"
+    pixels = np.prod(references[0][1].shape[2:])
+    if os.path.getsize(onnx_path) > MAX_LOCATED_BYTES or pixels > MAX_LOCATED_PIXELS:
+        return "unknown: too large to search"
     try:
         proto = onnx.load(onnx_path)
         evaluator = ReferenceEvaluator(proto)

@@ -11,10 +11,16 @@ from onnx.reference import ReferenceEvaluator
 import common
 import conversion
 from common import NetworksDisagree, Preprocessing
-from conversion import convert, export_by_dynamo, read_metadata, rewrite
+from conversion import (
+    convert,
+    export_by_dynamo,
+    export_by_torchscript,
+    read_metadata,
+    rewrite,
+)
 from networks import Network, Weights, load_network
 from onnx_rewrites import make_readable
-from verify import get_references, locate, measure_rounding, run_engine_apart, verify
+from verify import Reference, get_references, locate, measure_rounding, run_engine_apart, verify
 
 BLOB = np.random.default_rng(2).standard_normal((2, 3, 8, 8)).astype(np.float32)
 
@@ -156,6 +162,20 @@ def test_the_first_wrong_node_is_located(tmp_path, fault):
     assert "exported file itself departs from PyTorch" in line
 
 
+def test_what_is_not_searched(tmp_path, monkeypatch):
+    """An exporter's broken graph, and what would take too much memory."""
+    path = tmp_path / "graph.onnx"
+    proto = make_proto("tanh")
+    onnx.save(proto, path)
+    monkeypatch.setattr("verify.MAX_LOCATED_PIXELS", 63)
+    references = [Reference("noise", BLOB, BLOB.reshape(2, -1))]
+    assert locate(path, "new", references) == "unknown: too large to search"
+    proto.graph.node[1].input[0] = "missing"
+    onnx.save(proto, path)
+    line = locate(path, "new", references)
+    assert line.startswith("none: the exporter's graph isn't valid") and "missing" in line
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_rewrite(tmp_path, fault):
     proto = make_proto(fault)
@@ -205,8 +225,9 @@ def test_what_needs_no_rewrite_stays(model):
     assert proto.SerializeToString(deterministic=True) == before
 
 
-def test_mobilenet_v3_from_the_new_exporter(tmp_path):
+def test_mobilenet_v3_from_the_new_exporter(tmp_path, monkeypatch):
     """Silently wrong as it is exported, which is found out; right once it is rewritten."""
+    monkeypatch.setattr("verify.locate", lambda *_: "unknown")  # it takes seconds
     network = load_network("mobilenet_v3_small", Weights("random", "random")).model
     references = get_references(network, BLOB[:1].repeat(8, axis=2).repeat(8, axis=3))
     path = tmp_path / "mobilenet.onnx"
@@ -319,9 +340,9 @@ def test_evidence_has_a_dark_and_a_bright_copy(tmp_path):
     assert copies.std() > 1 and copies[0].std() == pytest.approx(blob.std() / 4, rel=0.1)
     assert len(noise) == 2 and abs(noise.mean()) < 0.2
     path = tmp_path / "dark.onnx"
-    export_by_dynamo(right, path, blob.shape)
+    export_by_torchscript(right, path, blob.shape)
     verify(path, references)
-    export_by_dynamo(wrong, path, blob.shape)
+    export_by_torchscript(wrong, path, blob.shape)
     with pytest.raises(NetworksDisagree, match=f"wrong on {name}"):
         verify(path, references)
 
