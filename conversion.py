@@ -27,6 +27,7 @@ import cv2
 from common import (
     ENGINES,
     RANDOM_SUFFIX,
+    SCRIPT_DIR,
     SEED,
     ZOO_NAME,
     NetworksDisagree,
@@ -131,11 +132,13 @@ def get_onnx_path(name, weights, models_dir):
 
 
 def get_versions():
-    """The versions that a converted file depends on."""
+    """The versions that a converted file depends on: random weights and rewrites are our own."""
     packages = ("torch", "torchvision", "onnx")
+    scripts = ("networks.py", "onnx_rewrites.py")
     return {name: importlib.metadata.version(name) for name in packages} | {
         "opencv": cv2.__version__,
         "opset": str(OPSET_VERSION),
+        "scripts": " ".join(get_digest(SCRIPT_DIR / name, "sha1") for name in scripts),
     }
 
 

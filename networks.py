@@ -164,10 +164,9 @@ def find_torchvision_weights(name, weights, or_random):
                 f"{reason}: put {path.name} into {path.parent}, or give --weights FILE, or "
                 f"--weights {RANDOM}"
             ) from None
-        print(f"WARNING: {reason}", file=sys.stderr)
         print(
-            "WARNING: continuing with RANDOM WEIGHTS: they prove the conversion just as well, "
-            "but the answers mean nothing",
+            f"WARNING: {reason}: continuing with RANDOM WEIGHTS, which prove the conversion just "
+            "as well, but give meaningless answers",
             file=sys.stderr,
             flush=True,
         )

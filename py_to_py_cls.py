@@ -187,16 +187,17 @@ def check_request(args, config, module_config):
             "an evaluation takes square frames: give --frame_size, not --frame_width and "
             "--frame_height"
         )
-    unused = []
-    if args.evaluate and not args.test:
-        unused = ["crop", "rgb"]
-    if args.evaluate and args.preprocess == "torchvision":
-        unused += ["bgr_to_rgb"]
-        unused += [] if args.test else ["scale", "mean", "std", "rsz_width", "rsz_height"]
+    torchvisions = args.preprocess == "torchvision"
+    unused = ["bgr_to_rgb"] if torchvisions and args.evaluate else []
+    if args.evaluate and not args.test:  # test mode takes these
+        unused += ["crop", "rgb"]
+        unused += ["scale", "mean", "std", "rsz_width", "rsz_height"] if torchvisions else []
     for name in unused:
         if getattr(args, name) is not None:
-            how = f" with --preprocess {args.preprocess}" if args.preprocess != "tutorial" else ""
-            raise RequestError(f"--{name} has no effect on an evaluation{how}; leave it out")
+            raise RequestError(
+                f"--{name} has no effect on an evaluation with --preprocess {args.preprocess}; "
+                "leave it out"
+            )
     read_lines(module_config.classes)
     if args.test and not Path(module_config.test_module_path).is_file():
         raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")

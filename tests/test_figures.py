@@ -1,11 +1,13 @@
 """The figures of an evaluation and the choice of the engine, against values computed here."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import conversion
 import evaluation
@@ -162,6 +164,18 @@ def test_another_version_of_a_package_converts_again(monkeypatch, converted, wei
     changed = lambda name: "0.1" if name == package else version(name)  # noqa: E731
     monkeypatch.setattr(conversion.importlib.metadata, "version", changed)
     assert conversion.find_converted(network, converted, shape) is None
+
+
+def test_other_rewrites_convert_again(monkeypatch, converted, weights, tmp_path):
+    from networks import parse_weights
+
+    network = Network("squeezenet1_1", parse_weights("squeezenet1_1", str(weights)), None)
+    for name in ("networks.py", "onnx_rewrites.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(conversion, "SCRIPT_DIR", tmp_path)
+    assert conversion.find_converted(network, converted, (1, 3, 224, 224)) is not None
+    (tmp_path / "onnx_rewrites.py").write_text("# changed")
+    assert conversion.find_converted(network, converted, (1, 3, 224, 224)) is None
 
 
 @pytest.mark.parametrize(
