@@ -34,8 +34,8 @@ from common import (
 from networks import run_pytorch
 
 # Networks disagree if max|a - b| / max|a| is above this. For scale: all of torchvision's
-# classifiers, with random weights, stay below 2e-5 on the new engine of OpenCV 5.0.0 and below
-# 5e-5 on the classic one (RESULTS.md).
+# classifiers, with random weights, stay below 1e-5 on the new engine of OpenCV 5.0.0 and below
+# 2e-5 on the classic one (RESULTS.md).
 MAX_RELATIVE_ERROR = 1e-4
 
 # Limits of the search for the first wrong node: onnx's evaluator keeps the outputs of all nodes,

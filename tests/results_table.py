@@ -270,7 +270,7 @@ def draw_chart(records):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 6), layout="constrained")
-    axes = figure.add_subplot(xscale="log", yscale="log", aspect="equal")
+    axes = figure.add_subplot(xscale="log", yscale="log")
     axes.set_xlabel("PyTorch, ms per picture", fontsize=12)
     axes.set_ylabel("OpenCV, ms per picture", fontsize=12)
     families = {}
