@@ -173,7 +173,7 @@ def test_what_is_not_searched(tmp_path, monkeypatch):
     proto.graph.node[1].input[0] = "missing"
     onnx.save(proto, path)
     line = locate(path, "new", references)
-    assert line.startswith("none: the exporter's graph isn't valid") and "missing" in line
+    assert line.startswith("none: the exported file isn't valid ONNX") and "missing" in line
 
 
 @pytest.mark.parametrize("fault", FAULTS)
