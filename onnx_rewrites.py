@@ -47,22 +47,22 @@ def rewrite_einsum(graph):
         # MatMul: (..., batch, row, summed) times (batch, summed, column)
         batch = [c for c in first if c in second and c in result]
         outer = [*rows[:-1], *batch, rows[-1]]
-        product = get_new_name(graph, f"{node.output[0]}_product")
-        nodes, names = [], []
-        for name, letters, order in (
-            (node.input[0], first, [*outer, *summed]),
-            (node.input[1], second, [*batch, *summed, *columns]),
-            (product, [*outer, *columns], list(result)),
-        ):
-            if list(letters) != order:
-                axes = [letters.index(c) for c in order]
-                target = node.output[0] if name == product else f"{product}_{len(names)}"
-                nodes.append(onnx.helper.make_node("Transpose", [name], [target], perm=axes))
-                name = target
-            names.append(name)
-        position = len(nodes) - (names[2] != product)
-        output = product if names[2] != product else node.output[0]
-        nodes.insert(position, onnx.helper.make_node("MatMul", names[:2], [output]))
+        orders = [*outer, *summed], [*batch, *summed, *columns], [*outer, *columns]
+        nodes, factors = [], list(node.input)
+        for i, letters in enumerate((first, second)):
+            if list(letters) != orders[i]:
+                factors[i] = get_new_name(graph, f"{node.output[0]}_transposed_{i}")
+                axes = [letters.index(c) for c in orders[i]]
+                nodes.append(
+                    onnx.helper.make_node("Transpose", [node.input[i]], [factors[i]], perm=axes)
+                )
+        if orders[2] == list(result):
+            nodes.append(onnx.helper.make_node("MatMul", factors, node.output))
+        else:
+            product = get_new_name(graph, f"{node.output[0]}_product")
+            axes = [orders[2].index(c) for c in result]
+            nodes.append(onnx.helper.make_node("MatMul", factors, [product]))
+            nodes.append(onnx.helper.make_node("Transpose", [product], node.output, perm=axes))
         del graph.node[index]
         for new in reversed(nodes):
             graph.node.insert(index, new)
