@@ -63,9 +63,7 @@ def rewrite_einsum(graph):
             axes = [orders[2].index(c) for c in result]
             nodes.append(onnx.helper.make_node("MatMul", factors, [product]))
             nodes.append(onnx.helper.make_node("Transpose", [product], node.output, perm=axes))
-        del graph.node[index]
-        for new in reversed(nodes):
-            graph.node.insert(index, new)
+        replace_node(graph, index, *nodes)
 
 
 def rewrite_gelu(graph):
@@ -136,10 +134,8 @@ def rewrite_tanh(graph):
     OpenCV 5.0.0 returns nan for x of 50 and more.
     """
     nodes = [(i, node) for i, node in enumerate(graph.node) if node.op_type == "Tanh"]
-    limits = []
-    for value in (-20, 20) if nodes else ():
-        limits.append(get_new_name(graph, f"tanh_limit_{value}"))
-        graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), limits[-1]))
+    values = (-20, 20) if nodes else ()
+    limits = [add_constant(graph, f"tanh_limit_{value}", np.float32(value)) for value in values]
     for index, node in reversed(nodes):
         clipped = get_new_name(graph, f"{node.output[0]}_clipped")
         clip = onnx.helper.make_node("Clip", [node.input[0], *limits], [clipped])
@@ -175,16 +171,14 @@ def rewrite_batch_norm(graph):
         epsilon = get_attribute(node, "epsilon")
         factor = gamma / np.sqrt(variance + (1e-5 if epsilon is None else epsilon.f))
         shape = [-1] + [1] * (len(constants[source.input[1]].dims) - 2)
-        names = [get_new_name(graph, f"{node.output[0]}_{end}") for end in ("factor", "term")]
-        for name, value in zip(names, (factor, beta - mean * factor), strict=True):
-            value = value.astype(np.float32).reshape(shape)
-            graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+        names = [
+            add_constant(graph, f"{node.output[0]}_{end}", value.astype(np.float32).reshape(shape))
+            for end, value in (("factor", factor), ("term", beta - mean * factor))
+        ]
         scaled = get_new_name(graph, f"{node.output[0]}_scaled")
         mul = onnx.helper.make_node("Mul", [node.input[0], names[0]], [scaled])
         add = onnx.helper.make_node("Add", [scaled, names[1]], [node.output[0]])
-        graph.node.remove(node)
-        graph.node.insert(index, add)
-        graph.node.insert(index, mul)
+        replace_node(graph, index, mul, add)
 
 
 def rewrite_col2im(graph):
@@ -212,15 +206,10 @@ def rewrite_col2im(graph):
         channels = shapes[data][1]
         kernels = np.eye(rows * columns, dtype=np.float32).reshape(-1, 1, rows, columns)
         groups = channels // (rows * columns)
-        shape, weights, blocked = (
-            get_new_name(graph, f"{node.output[0]}_{end}") for end in ("shape", "weights", "blocks")
-        )
-        values = {
-            shape: np.int64([0, channels, *blocks]),
-            weights: np.tile(kernels, (groups, 1, 1, 1)),
-        }
-        for name, value in values.items():
-            graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+        name = node.output[0]
+        shape = add_constant(graph, f"{name}_shape", np.int64([0, channels, *blocks]))
+        weights = add_constant(graph, f"{name}_weights", np.tile(kernels, (groups, 1, 1, 1)))
+        blocked = get_new_name(graph, f"{name}_blocks")
         reshape = onnx.helper.make_node("Reshape", [data, shape], [blocked])
         scatter = onnx.helper.make_node(
             "ConvTranspose",
@@ -230,9 +219,21 @@ def rewrite_col2im(graph):
             output_padding=rest,
             **options,
         )
-        graph.node.remove(node)
-        graph.node.insert(index, scatter)
-        graph.node.insert(index, reshape)
+        replace_node(graph, index, reshape, scatter)
+
+
+def replace_node(graph, index, *nodes):
+    """Put `nodes`, in their order, in the place of one."""
+    del graph.node[index]
+    for node in reversed(nodes):
+        graph.node.insert(index, node)
+
+
+def add_constant(graph, name, value):
+    """Add an array to the graph; return the name that it gets."""
+    name = get_new_name(graph, name)
+    graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    return name
 
 
 def get_new_name(graph, name):

@@ -248,7 +248,7 @@ def locate(onnx_path, engine, references):
         onnx.checker.check_model(str(onnx_path))
     except onnx.checker.ValidationError as error:
         return f"none: the exported file isn't valid ONNX: {one_line(error)[:100]}"
-    pixels = np.prod(references[0][1].shape[2:])
+    pixels = np.prod(references[0].blob.shape[2:])
     if os.path.getsize(onnx_path) > MAX_LOCATED_BYTES or pixels > MAX_LOCATED_PIXELS:
         return "unknown: too large to search"
     try:

@@ -226,17 +226,17 @@ def get_table(records):
     return lines + [f"* {', '.join(names)}: {text}" for text, names in failures.items()]
 
 
+def get_section(title, records, chart=()):
+    """The lines of one set of networks; prints what they say."""
+    summary = get_summary(records)
+    print(title, *summary, sep="\n")
+    lines = ["", f"## {title}", "", *(f"* {line}" for line in summary), *chart]
+    return [*lines, "", *get_table(records)]
+
+
 def write_tables(records):
     versions = get_versions()
     dates = sorted({record["date"] for record in records})
-    parts = {
-        f"## Every classifier of torchvision {versions['torchvision']}": [
-            r for r in records if not r["network"].startswith(TIMM)
-        ],
-        f"## A network of each of timm's {get_timm_version()} families": [
-            r for r in records if r["network"].startswith(TIMM)
-        ],
-    }
     lines = [
         "# Classifiers of torchvision and timm in OpenCV",
         "",
@@ -251,14 +251,15 @@ def write_tables(records):
         "it for one picture but not for two counts as one that can't run it. *ms* is one forward "
         "pass with one picture, the least of several.",
     ]
-    for title, part in parts.items():
-        if part:
-            lines += ["", title, "", *(f"* {line}" for line in get_summary(part))]
-            if part is parts[next(iter(parts))]:
-                draw_chart(part)
-                lines += ["", f"![OpenCV's time against PyTorch's](images/{CHART.name})"]
-            lines += ["", *get_table(part)]
-            print(title.removeprefix("## "), *get_summary(part), sep="\n")
+    torchvision = [r for r in records if not r["network"].startswith(TIMM)]
+    timm = [r for r in records if r["network"].startswith(TIMM)]
+    if torchvision:
+        draw_chart(torchvision)
+        chart = ["", f"![OpenCV's time against PyTorch's](images/{CHART.name})"]
+        title = f"Every classifier of torchvision {versions['torchvision']}"
+        lines += get_section(title, torchvision, chart)
+    if timm:
+        lines += get_section(f"A network of each of timm's {get_timm_version()} families", timm)
     with whole_file(TABLE) as part:
         part.write_text("\n".join([*lines, ""]), "utf-8")
     print(f"written: {TABLE}")

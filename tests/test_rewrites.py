@@ -155,10 +155,10 @@ def test_the_first_wrong_node_is_located(tmp_path, fault):
     proto.graph.output[0].name = "relu"
     onnx.save(proto, tmp_path / "graph.onnx")
     expected = ReferenceEvaluator(proto).run(None, {"input": BLOB})[0]
-    line = locate(tmp_path / "graph.onnx", "new", [("noise", BLOB, expected)])
+    line = locate(tmp_path / "graph.onnx", "new", [Reference("noise", BLOB, expected)])
     assert line.startswith(GUILTY[fault]), line
     assert "\n" not in line
-    line = locate(tmp_path / "graph.onnx", "new", [("noise", BLOB, 1.1 * expected)])
+    line = locate(tmp_path / "graph.onnx", "new", [Reference("noise", BLOB, 1.1 * expected)])
     assert "exported file itself departs from PyTorch" in line
 
 
@@ -299,7 +299,7 @@ def test_a_file_that_crashes_opencv_is_one_line(tmp_path):
     )
     path = tmp_path / "crash.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
-    references = [("the picture", BLOB, BLOB.mean(axis=(2, 3)))]
+    references = [Reference("the picture", BLOB, BLOB.mean(axis=(2, 3)))]
     with pytest.raises(NetworksDisagree) as caught:
         verify(str(path), references)
     if cv2.__version__ == "5.0.0":
@@ -353,7 +353,7 @@ def test_how_far_float32_is_from_float64(tmp_path, monkeypatch):
     rounded = (expected + np.float32(1e6)) - np.float32(1e6)
     error = np.abs(rounded - expected).max() / np.abs(expected).max()
     assert error > 1e-3
-    references = [("noise", blob, rounded)]
+    references = [Reference("noise", blob, rounded)]
     assert measure_rounding(Cancels(), references) == pytest.approx(error, rel=1e-4)
 
     def disagree(*_):
@@ -370,7 +370,7 @@ def test_only_the_classic_engine_is_right(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(conversion, "verify", lambda *_: ["classic"])
     network = Network("cancels", Weights("own", "cancels"), Preprocessing(), Cancels())
     path = tmp_path / "cancels.onnx"
-    converted = convert(network, path, [("noise", BLOB[:1], BLOB[:1].reshape(1, -1))])
+    converted = convert(network, path, [Reference("noise", BLOB[:1], BLOB[:1].reshape(1, -1))])
     said = "engine=cv2.dnn.ENGINE_CLASSIC" in capsys.readouterr().out
     common.add_to_zoo("cancels", converted, Preprocessing(), None)
     entry = (tmp_path / "models.yml").read_text()
