@@ -1,7 +1,7 @@
 """A PyTorch network in, a verified ONNX file out.
 
-Export, rewrite around OpenCV's faults, compare the answer on each engine: only then does the file
-get its name. It remembers what it was made from, so that a second conversion takes milliseconds and
+Export, rewrite around OpenCV's faults, compare the answer on each engine: only a file that is right
+is kept. It remembers what it was made from, so that a second conversion takes milliseconds and
 doesn't import torch.
 """
 
@@ -260,7 +260,7 @@ def export_by_torchscript(model, path, blob_shape):
     # A failing export prints pages of its graph, because setup_onnx_logging switches that on
     # whether it was on or not (seen with PyTorch 2.14 and 2.15): so disarm the switch.
     with (
-        failing_export("PyTorch's TorchScript exporter", blob_shape) as caught,
+        translate_errors("PyTorch's TorchScript exporter", blob_shape) as caught,
         mock.patch("torch._C._jit_set_onnx_log_enabled"),
     ):
         torch.onnx.export(
@@ -290,7 +290,10 @@ def check_branches(model, blob_shape):
     batch = torch.zeros(2, *blob_shape[1:])
     shapes = ({0: torch.export.Dim("batch")},)
     try:
-        with failing_export("torch.export", blob_shape), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            translate_errors("torch.export", blob_shape),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             torch.export.export(model, (batch,), dynamic_shapes=shapes, strict=False)
     except RequestError as error:
         cause = error.__context__
@@ -311,7 +314,7 @@ def export_by_dynamo(model, path, blob_shape):
     """Export with PyTorch's new exporter, which knows operators that TorchScript's lacks."""
     import torch
 
-    with failing_export("PyTorch's new exporter", blob_shape):
+    with translate_errors("PyTorch's new exporter", blob_shape):
         torch.onnx.export(
             model,
             (torch.zeros(2, *blob_shape[1:]),),  # a batch of 1 would be taken for a constant
@@ -325,7 +328,7 @@ def export_by_dynamo(model, path, blob_shape):
 
 
 @contextlib.contextmanager
-def failing_export(exporter, blob_shape):
+def translate_errors(exporter, blob_shape):
     """Turn whatever an exporter raises into RequestError; yield the list of its warnings.
 
     The file is verified afterwards, so any exception will do.

@@ -461,7 +461,7 @@ def read_checkpoint(path):
         ) from None
 
 
-def find_state_dict(checkpoint, own_keys, path, weights_key=""):
+def find_state_dict(checkpoint, network_keys, path, weights_key=""):
     """The network's state dict in a checkpoint, as an OrderedDict with its metadata.
 
     It is the first dictionary, the checkpoint itself or one in it, whose keys, less one common
@@ -481,12 +481,14 @@ def find_state_dict(checkpoint, own_keys, path, weights_key=""):
             continue
         state, metadata = dict(state), getattr(state, "_metadata", None)
         state.pop("n_averaged", None)  # AveragedModel's counter
-        prefix = get_prefix(list(state), own_keys)
+        prefix = get_prefix(list(state), network_keys)
         state = {rename(k.removeprefix(prefix)): v for k, v in state.items()}
         state = {
-            k: v for k, v in state.items() if k in own_keys or not k.startswith(AUXILIARY_HEADS)
+            k: v for k, v in state.items() if k in network_keys or not k.startswith(AUXILIARY_HEADS)
         }
-        unknown = [k for k in state.keys() ^ set(own_keys) if not k.endswith("num_batches_tracked")]
+        unknown = [
+            k for k in state.keys() ^ set(network_keys) if not k.endswith("num_batches_tracked")
+        ]
         found.append((len(unknown), key, state, prefix, metadata))
     if not found:
         keys = f", only {', '.join(map(str, checkpoint))[:200]}" if checkpoint else ""
@@ -512,14 +514,14 @@ def find_state_dict(checkpoint, own_keys, path, weights_key=""):
     return state
 
 
-def get_prefix(keys, own_keys):
+def get_prefix(keys, network_keys):
     """The shortest prefix of all `keys` without which the first is the network's; "" if none is."""
     first = str(keys[0]) if keys else ""
     prefixes = [first[: dot.end()] for dot in re.finditer(r"\.", first)] + [""]
     for prefix in sorted(prefixes, key=len):
         if (
             all(str(k).startswith(prefix) for k in keys)
-            and rename(first[len(prefix) :]) in own_keys
+            and rename(first[len(prefix) :]) in network_keys
         ):
             return prefix
     return ""

@@ -55,7 +55,7 @@ from networks import (
 from test_config import LOGS_DIR, MODELS_DIR, RESULTS_DIR, TestClsConfig, TestClsModuleConfig
 from verify import get_references, verify
 
-# The tutorial's networks, recognized without torchvision. All of its other classifiers work, too.
+# The tutorial's networks, for --help. torchvision's other classifiers work, too.
 MODELS = [
     "alexnet", "vgg11", "vgg13", "vgg16", "vgg19",
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
@@ -74,8 +74,7 @@ def model_name(text):
 
 def check_model_name(name):
     """Raise RequestError, with similar names, if torchvision has no such classifier."""
-    names = MODELS if is_own(name) or name in MODELS else get_torchvision_names()
-    if not is_own(name) and name not in names:
+    if not is_own(name) and name not in (names := get_torchvision_names()):
         near = difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"it is one of {', '.join(MODELS)}"
         raise RequestError(
@@ -159,14 +158,20 @@ def add_config(parser, config_class, title, description=None):
 
 
 def fill_config(config_class, args):
-    """The dataclass with the options of the command line; bundled paths work from any folder."""
+    """The dataclass with the options of the command line."""
     names = [field.name for field in dataclasses.fields(config_class)]
-    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    config = replace(config_class(), **given)
-    for name in {"input_img", "classes", "test_module_path"} & set(names) - given.keys():
+    return config_class(**{n: getattr(args, n) for n in names if getattr(args, n) is not None})
+
+
+def get_module_config(args):
+    """The TestClsModuleConfig of the command line; its default files work from any folder."""
+    config = fill_config(TestClsModuleConfig, args)
+    for name in ("input_img", "classes", "test_module_path"):
+        if getattr(args, name) is not None:
+            continue
         path = getattr(config, name)
-        if "cls_test_data_dir" in given and name != "test_module_path":
-            path = os.path.join(config.cls_test_data_dir, os.path.basename(path))
+        if args.cls_test_data_dir and name != "test_module_path":
+            path = os.path.join(args.cls_test_data_dir, os.path.basename(path))
         setattr(config, name, find_bundled(path))
     return config
 
@@ -250,7 +255,7 @@ def get_network(args, or_random):
     return network
 
 
-def get_preprocessings(network, args):
+def get_preprocessings(network, module_config, args):
     """The Preprocessing of (test mode, evaluation mode): options win over the defaults."""
     given = read_preprocessing_options(args)
     if network.assumed and not given.keys() & {"scale", "mean", "std"}:
@@ -262,17 +267,16 @@ def get_preprocessings(network, args):
     wanted = replace(scale_frame(network.preprocessing, args.frame_size), **given)
     evaluated = wanted
     if not args.default_img_preprocess:
-        config = fill_config(TestClsModuleConfig, args)
         frame = {"frame_width": str(wanted.width), "frame_height": str(wanted.height)}
-        wanted = Preprocessing(**read_config(vars(config) | frame))
+        wanted = Preprocessing(**read_config(vars(module_config) | frame))
     return wanted, evaluated
 
 
-def get_converted(network, config, picture, preprocessing, args):
+def get_converted(network, module_config, picture, preprocessing, args):
     """(Converted, the file of the class names or None): reused, or converted now."""
     path = (
-        Path(config.model)
-        if config.model
+        Path(module_config.model)
+        if module_config.model
         else get_onnx_path(network.name, network.weights, MODELS_DIR)
     )
     blob = get_blob(picture, preprocessing)
@@ -283,31 +287,32 @@ def get_converted(network, config, picture, preprocessing, args):
             network = load_network(network.name, network.weights, args.frame_size)
         references = get_references(network.model, blob)
     count = converted.classes if converted else references[0].logits.shape[1]
-    labels = fit_labels(read_lines(config.classes), args.classes, count)
+    labels = fit_labels(read_lines(module_config.classes), args.classes, count)
     assumed = labels and not args.classes and network.weights.kind in ("file", "own")
     if assumed and converted is None:
         print(f"NOTE: assuming that the {count} classes are ImageNet's; --classes names others")
-    if converted is None and config.model:
+    if converted is None and module_config.model:
         try:
             converted = Converted(path, verify(path, references), count)
         except NetworksDisagree as error:
             raise NetworksDisagree(f"{path}: {error}; was it made from these --weights?") from None
         print(f"{path}: verified; taking the {converted.engines[0]} engine")
-    return converted or convert(network, path, references), config.classes if labels else None
+    converted = converted or convert(network, path, references)
+    return converted, module_config.classes if labels else None
 
 
-def test(converted, config, preprocessing, classes):
+def test(converted, module_config, preprocessing, classes):
     """Run classification.py on the converted network; return its exit code."""
-    picture = Path(config.input_img)
+    picture = Path(module_config.input_img)
     suffix = picture.suffix if picture.suffix.lower() in PICTURE_SUFFIXES else ".png"
-    result = f"{picture.stem}_{converted.path.stem}_{config.test_module_name}{suffix}"
-    command = [sys.executable, config.test_module_path, "--model", str(converted.path)]
-    command += ["--input", config.input_img, "--output", os.path.join(RESULTS_DIR, result)]
+    result = f"{picture.stem}_{converted.path.stem}_{module_config.test_module_name}{suffix}"
+    command = [sys.executable, module_config.test_module_path, "--model", str(converted.path)]
+    command += ["--input", module_config.input_img, "--output", os.path.join(RESULTS_DIR, result)]
     command += ["--engine", converted.engines[0], *to_options(preprocessing)]
     command += ["--classes", classes] if classes else []
     code = subprocess.run(command).returncode
     if code < 0:
-        raise RequestError(f"{config.test_module_path} was killed by signal {-code}")
+        raise RequestError(f"{module_config.test_module_path} was killed by signal {-code}")
     return code
 
 
@@ -318,11 +323,11 @@ def main():
     args = get_args()
     if args.list_models:
         return list_models()
-    config, module_config = (fill_config(c, args) for c in (TestClsConfig, TestClsModuleConfig))
+    config, module_config = fill_config(TestClsConfig, args), get_module_config(args)
     picture, data = check_request(args, config, module_config)
     join_processes()  # torchrun's; in_turn lets the first convert for all
     network = in_turn(lambda: get_network(args, data is None or data.bundled))
-    preprocessing, evaluated = get_preprocessings(network, args)
+    preprocessing, evaluated = get_preprocessings(network, module_config, args)
     converted, classes = in_turn(
         lambda: get_converted(network, module_config, picture, preprocessing, args)
     )

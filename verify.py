@@ -62,8 +62,8 @@ class Difference:
 
     def __str__(self):
         return (
-            f"L1 {self.l1:.2e}, L_inf {self.l_inf:.2e}, relative error {self.relative:.1e}, "
-            f"same class {self.same_class} of {self.pictures}"
+            f"L1 {self.l1:.2e}, L_inf {self.l_inf:.2e}, relative error {self.relative:.1e} "
+            f"(limit {MAX_RELATIVE_ERROR:.0e}), same class {self.same_class} of {self.pictures}"
         )
 
 
@@ -228,9 +228,7 @@ def verify_engine(onnx_path, engine, references):
     for (name, _, logits), output in zip(references, outputs, strict=True):
         differences.append(compare(logits, output))
         if not differences[-1].agree:
-            raise NetworksDisagree(
-                f"wrong on {name}: {differences[-1]} (limit {MAX_RELATIVE_ERROR:g})"
-            )
+            raise NetworksDisagree(f"wrong on {name}: {differences[-1]}")
     return differences, seconds
 
 
@@ -325,7 +323,9 @@ def verify(onnx_path, references):
     right.
     """
     check_model(onnx_path)
-    print(f"verifying with OpenCV {cv2.__version__} ...", flush=True)
+    print(
+        f"verifying with OpenCV {cv2.__version__}, limit {MAX_RELATIVE_ERROR:.0e} ...", flush=True
+    )
     widths = [max(len(name), 7) + 2 for name, _, _ in references]
     titles = (f"{name:>{w}}" for (name, _, _), w in zip(references, widths, strict=True))
     print(f"relative error on{''.join(titles)}  ms per picture", flush=True)

@@ -26,21 +26,8 @@ LABELS = ROOT / "test_data" / "cls" / "imagenet_classes.txt"
 CASES = 1200
 PER_CHILD = 50
 WORDS = [
-    "",
-    "0",
-    "-1",
-    "1",
-    "nan",
-    "inf",
-    "1e39",
-    "True",
-    "no",
-    "224",
-    "300",
-    "1 2 3",
-    "[1, 2]",
-    "é",
-]
+    "", "0", "-1", "1", "nan", "inf", "1e39", "True", "no", "224", "300", "1 2 3", "[1, 2]", "é",
+]  # fmt: skip
 OPTIONS = [
     "--scale", "--mean", "--std", "--rgb", "--crop", "--width", "--height", "--initial_width",
     "--initial_height", "--top_k", "--classes", "--engine", "--zoo", "--output", "--backend",

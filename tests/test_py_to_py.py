@@ -174,7 +174,7 @@ def test_test_mode_and_conversion(
     assert class_id == expected.argmax()
     assert confidence == pytest.approx(expected.max(), abs=1e-4)
     assert "exporting squeezenet1_1 ..." in first.stdout
-    assert f"verifying with OpenCV {cv2.__version__} ..." in first.stdout
+    assert f"verifying with OpenCV {cv2.__version__}, limit 1e-04 ..." in first.stdout
     rows = re.findall(r"^(new|classic) engine +(.+)$", first.stdout, re.M)
     rows = {engine: [float(cell) for cell in cells.split()] for engine, cells in rows}
     assert rows.keys() == {"new", "classic"}
