@@ -1,4 +1,4 @@
-"""ResNet-50 from PyTorch to OpenCV: convert it, read it, check that the answers match.
+"""ResNet-50 from PyTorch to OpenCV: convert it, read it, compare the answers.
 
     python py_to_py_resnet50.py
     python py_to_py_resnet50.py --input_img cat.jpg
