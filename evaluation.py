@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import glob
 import hashlib
 import json
 import os
@@ -24,11 +25,11 @@ from tqdm import tqdm
 
 from common import (
     PICTURE_SUFFIXES,
-    RANDOM,
     SEED,
     NetworksDisagree,
     RequestError,
     find_bundled,
+    get_blob,
     read_lines,
     read_onnx,
     read_picture,
@@ -98,7 +99,7 @@ def is_picture_name(name):
 
 
 def read_class_folders(root):
-    """[(path, class ID)] from a folder for each class, in sorted order the classes 0, 1, 2 ...
+    """[(path, class ID)] from one folder per class; sorted, they are the classes 0, 1, 2 ...
 
     The layout of torchvision.datasets.ImageFolder: pictures may be deeper inside.
     """
@@ -187,13 +188,8 @@ def get_centre_blob(picture, preprocessing):
     p = preprocessing
     picture = cv2.resize(picture.astype(np.float32), (p.initial_width, p.initial_height))
     top, left = (p.initial_height - p.height) // 2, (p.initial_width - p.width) // 2
-    blob = cv2.dnn.blobFromImage(
-        picture[top : top + p.height, left : left + p.width],
-        scalefactor=p.scale,
-        mean=p.mean,
-        swapRB=p.rgb,
-    )
-    return blob / np.float32(p.std or (1, 1, 1)).reshape(1, 3, 1, 1)
+    centre = picture[top : top + p.height, left : left + p.width]
+    return get_blob(centre, dataclasses.replace(p, initial_width=None, initial_height=None))
 
 
 def get_torchvision_blob(picture, transforms):
@@ -205,7 +201,7 @@ def get_torchvision_blob(picture, transforms):
 
 
 def get_blob_maker(network, preprocessing, how):
-    """(picture -> blob, its settings for the key) for --preprocess tutorial or torchvision."""
+    """(picture -> blob, its description for the key) for --preprocess tutorial or torchvision."""
     p = preprocessing
     if how == "torchvision":
         if is_own(network.name):
@@ -214,22 +210,23 @@ def get_blob_maker(network, preprocessing, how):
                 "the preprocessing options"
             )
         transforms = get_transforms(network.name, network.weights)
-        if transforms.crop_size != [p.width]:
+        if transforms.crop_size * 2 != [p.width, p.height]:
             raise RequestError(
                 f"--preprocess torchvision cuts {transforms.crop_size[0]} pixels, and the frame "
                 f"size is {p.width}: leave one of the two options out"
             )
         return lambda picture: get_torchvision_blob(picture, transforms), str(transforms)
-    for name, value in (("rsz_width", p.initial_width), ("rsz_height", p.initial_height)):
-        if value is None or value < p.width:
+    for side in ("width", "height"):
+        resized, cut = getattr(p, f"initial_{side}"), getattr(p, side)
+        if resized is None or resized < cut:
             raise RequestError(
-                f"--{name} {value} is less than --frame_size {p.width}, which is cut out of the "
+                f"--rsz_{side} {resized} is less than --frame_size {cut}, which is cut out of the "
                 "resized picture"
             )
-    return lambda picture: get_centre_blob(picture, p), str(dataclasses.replace(p, crop=True))
+    return lambda picture: get_centre_blob(picture, p), repr(p)
 
 
-def read_batch(batch, get_blob, workers, buffer):
+def read_batch(batch, make_blob, workers, buffer):
     """(blob, labels, names, skipped) of [(path, class ID)]: blob (pictures, 3, height, width).
 
     The workers decode one picture each into the rows of `buffer`, which serves every batch: fresh
@@ -238,7 +235,7 @@ def read_batch(batch, get_blob, workers, buffer):
 
     def read(row, path):
         try:
-            buffer[row] = get_blob(read_picture(path))[0]
+            buffer[row] = make_blob(read_picture(path))[0]
         except RequestError as error:
             return str(error)
         return None
@@ -332,23 +329,22 @@ def count_correct(logits, labels, k):
 
 # --- nothing lost ---------------------------------------------------------------------------------
 #
-# Each finished batch is a line of JSON in a state file, whose name has a hash of everything that
+# Each finished batch is a line of JSON in a state file, whose name contains a hash of all that
 # the figures depend on. All figures are computed from these records, in the order of the batches.
 # So a run that was killed and resumed ends with the figures of one that was never stopped, and
 # several processes end with those of one, as long as PyTorch's rounding doesn't depend on its
 # number of threads.
 
 
-def get_evaluation_key(network, converted, settings, data, config, args):
+def get_evaluation_key(network, converted, shape, described, data, config, args):
     """Everything that the figures depend on: only a run with the same key is resumed."""
-    height = width = settings["frame_size"]
-    return get_key(network, (1, 3, height, width)) | {
+    return get_key(network, shape) | {
         "onnx_sha256": hash_graph(converted.path),
         "data": data.root,
         **get_data_fingerprint(data.pictures, data.root),
         "batch_size": config.batch_size,
         "preprocess": args.preprocess,
-        **settings,
+        "preprocessing": described,
         "engine_option": args.engine,
     }
 
@@ -356,7 +352,7 @@ def get_evaluation_key(network, converted, settings, data, config, args):
 def find_states(stem, key):
     """(state file of this process, state files of this run that are there already)."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    found = sorted(Path(LOGS_DIR).glob(f"{stem}_{digest}_*.state"))
+    found = sorted(Path(LOGS_DIR).glob(f"{glob.escape(stem)}_{digest}_*.state"))
     return Path(LOGS_DIR) / f"{stem}_{digest}_{get_rank()}.state", found
 
 
@@ -629,14 +625,14 @@ def evaluate(network, converted, preprocessing, data, config, args):
     """
     check_class_ids(data.pictures, converted.classes)
     preprocessing = dataclasses.replace(preprocessing, rgb=config.bgr_to_rgb)
-    get_blob, settings = get_blob_maker(network, preprocessing, args.preprocess)
-    settings = {"frame_size": preprocessing.width, "preprocessing": settings}
-    key = get_evaluation_key(network, converted, settings, data, config, args)
+    make_blob, described = get_blob_maker(network, preprocessing, args.preprocess)
+    size = min(config.batch_size, len(data.pictures))
+    shape = (size, 3, preprocessing.height, preprocessing.width)
+    key = get_evaluation_key(network, converted, shape, described, data, config, args)
     stem = converted.path.stem
     state_path, state_files, engine, records = resume(stem, key, len(data.pictures), args.resume)
 
     keep_large_blocks()
-    shape = (min(config.batch_size, len(data.pictures)), 3, *[preprocessing.width] * 2)
     if get_rank() == 0:
         few = np.random.default_rng(SEED).standard_normal(
             (min(8, shape[0]), *shape[1:]), np.float32
@@ -649,7 +645,7 @@ def evaluate(network, converted, preprocessing, data, config, args):
     networks = dict(zip(NETWORKS, forwards, strict=True))
     batches = [data.pictures[i : i + shape[0]] for i in range(0, len(data.pictures), shape[0])]
     start = time.perf_counter()
-    new, interrupted = run_batches(batches, records, networks, get_blob, shape, state_path)
+    new, interrupted = run_batches(batches, records, networks, make_blob, shape, state_path)
     seconds = time.perf_counter() - start
 
     for found in gather(new):
@@ -661,7 +657,8 @@ def evaluate(network, converted, preprocessing, data, config, args):
     if read and get_rank() == 0:
         about = get_about(key, engine, seconds, new)
         figures = get_figures(records, len(data.pictures), get_published(network))
-        title = f"{stem}, {network.weights.name.replace(RANDOM, 'RANDOM')} weights"
+        random = network.weights.kind == "random"
+        title = f"{stem}, {'RANDOM' if random else network.weights.name} weights"
         write_results(stem, title, records, figures, about)
     if interrupted:
         raise KeyboardInterrupt
@@ -690,7 +687,7 @@ def resume(stem, key, pictures, wanted):
     return state_path, state_files, engine, records
 
 
-def run_batches(batches, records, networks, get_blob, shape, state_path):
+def run_batches(batches, records, networks, make_blob, shape, state_path):
     """({batch: record} of this process's share of what `records` lacks, whether Ctrl-C ended it).
 
     shape: of a whole batch's blob.
@@ -715,7 +712,7 @@ def run_batches(batches, records, networks, get_blob, shape, state_path):
             i = todo[turn]
             try:
                 # decoding has all cores between the passes, and none during them
-                blob, labels, names, skipped = read_batch(batches[i], get_blob, workers, buffer)
+                blob, labels, names, skipped = read_batch(batches[i], make_blob, workers, buffer)
                 record = {"batch": i, "warm_up": turn == 0, "pictures": 0, "skipped": skipped}
                 if labels:
                     record |= evaluate_batch(networks, blob, labels, names)

@@ -86,12 +86,15 @@ def load_network(name, weights, frame_size=None, or_random=True):
     or_random=False, or for any other reason, RequestError is raised.
     """
     announce_torch()
+    import torch
+
     if weights.kind == "torchvision":
         weights = find_torchvision_weights(name, weights, or_random)
     preprocessing = None if is_own(name) else get_preprocessing(name, weights)
     size = frame_size or (preprocessing or Preprocessing()).width
     if weights.kind == "random":
-        model = build_seeded_network(name, size)
+        torch.manual_seed(SEED)
+        model = build_network(name, size).eval()  # useless until `calibrate`, below
     elif weights.kind == "own":
         print(f"{name}: using the weights the function returns it with")
         model = build_network(name).eval()
@@ -354,18 +357,10 @@ def build_empty_network(name, frame_size=224, **options):
         return build_network(name, frame_size, **options)
 
 
-def build_seeded_network(name, frame_size):
-    """The network with seeded random weights, in eval mode; `calibrate` makes them useful."""
-    import torch
-
-    torch.manual_seed(SEED)
-    return build_network(name, frame_size).eval()
-
-
 def calibrate(model, width, height):
     """Change random weights so that a wrong conversion shows; pictures are width x height px.
 
-    Parameters that start as one constant are shaken: with a head of zeros, as torchvision's ViT
+    Parameters that start as one constant are perturbed: with a head of zeros, as torchvision's ViT
     has it, any two networks agree, and layer scales of 1e-6 or biases of 0 hide errors behind
     them. And BatchNorm gets the variances of a seeded batch, layer by layer; without them a deep
     network's logits are the same for all pictures, or grow without bound.
@@ -481,8 +476,8 @@ def find_state_dict(checkpoint, network_keys, path, weights_key=""):
             continue
         state, metadata = dict(state), getattr(state, "_metadata", None)
         state.pop("n_averaged", None)  # AveragedModel's counter
-        prefix = get_prefix(list(state), network_keys)
-        state = {rename(k.removeprefix(prefix)): v for k, v in state.items()}
+        prefix = get_prefix(state, network_keys)
+        state = {rename(str(k).removeprefix(prefix)): v for k, v in state.items()}
         state = {
             k: v for k, v in state.items() if k in network_keys or not k.startswith(AUXILIARY_HEADS)
         }
@@ -516,22 +511,17 @@ def find_state_dict(checkpoint, network_keys, path, weights_key=""):
 
 def get_prefix(keys, network_keys):
     """The shortest prefix of all `keys` without which the first is the network's; "" if none is."""
-    first = str(keys[0]) if keys else ""
-    prefixes = [first[: dot.end()] for dot in re.finditer(r"\.", first)] + [""]
-    for prefix in sorted(prefixes, key=len):
-        if (
-            all(str(k).startswith(prefix) for k in keys)
-            and rename(first[len(prefix) :]) in network_keys
-        ):
-            return prefix
-    return ""
+    first = str(next(iter(keys), ""))
+    lengths = [0, *(dot.end() for dot in re.finditer(r"\.", first))]
+    fitting = (first[:n] for n in lengths if rename(first[n:]) in network_keys)
+    return next((p for p in fitting if all(str(k).startswith(p) for k in keys)), "")
 
 
 def rename(key):
     """denselayer1.norm.1.weight -> denselayer1.norm1.weight
 
-    torchvision's DenseNet files have the names of before PyTorch 0.4, and torchvision renames them
-    in the same way.
+    torchvision's DenseNet files still have the names of before PyTorch 0.4; torchvision renames
+    them in the same way.
     """
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", str(key))
 
@@ -543,7 +533,7 @@ def get_num_classes(name, state):
     """
     few, more = (build_empty_network(name, num_classes=n).state_dict() for n in (2, 3))
     head = [key for key in few if few[key].shape != more[key].shape and few[key].ndim > 1][-1]
-    return len(state[head]) if head in state and state[head].ndim else len(few[head])
+    return len(state[head]) if getattr(state.get(head), "ndim", 0) else len(few[head])
 
 
 # --- running --------------------------------------------------------------------------------------

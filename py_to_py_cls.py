@@ -176,17 +176,12 @@ def get_module_config(args):
     return config
 
 
-def read_preprocessing_options(args):
-    """{field: value} of the Preprocessing options that the command line gives."""
-    return read_config({name: getattr(args, name) for name in vars(TestClsModuleConfig())})
-
-
 def check_request(args, config, module_config):
     """Raise RequestError for a bad request, before torch is imported.
 
     Returns (the test picture, the Data of an evaluation or None).
     """
-    given = read_preprocessing_options(args)
+    given = read_config(vars(args))
     if args.evaluate and given.get("width") != given.get("height"):
         raise RequestError(
             "an evaluation takes square frames: give --frame_size, not --frame_width and "
@@ -257,7 +252,7 @@ def get_network(args, or_random):
 
 def get_preprocessings(network, module_config, args):
     """The Preprocessing of (test mode, evaluation mode): options win over the defaults."""
-    given = read_preprocessing_options(args)
+    given = read_config(vars(args))
     if network.assumed and not given.keys() & {"scale", "mean", "std"}:
         print(
             f"NOTE: {network.name} declares no preprocessing: assuming torchvision's "
@@ -274,11 +269,7 @@ def get_preprocessings(network, module_config, args):
 
 def get_converted(network, module_config, picture, preprocessing, args):
     """(Converted, the file of the class names or None): reused, or converted now."""
-    path = (
-        Path(module_config.model)
-        if module_config.model
-        else get_onnx_path(network.name, network.weights, MODELS_DIR)
-    )
+    path = Path(module_config.model or get_onnx_path(network.name, network.weights, MODELS_DIR))
     blob = get_blob(picture, preprocessing)
     converted = find_converted(network, path, blob.shape)
     references = None

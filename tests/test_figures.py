@@ -1,5 +1,6 @@
 """The figures of an evaluation and the choice of the engine, against values computed here."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from conftest import ROOT
 import conversion
 import evaluation
 import verify
-from common import NetworksDisagree
+from common import TORCHVISION_PREPROCESSING, NetworksDisagree
 from networks import Network, Weights
 from verify import Difference
 
@@ -200,3 +201,15 @@ def test_weights_of_another_seed_or_file_have_another_key():
     shape = (1, 3, 8, 8)
     assert conversion.get_key(network, shape) != conversion.get_key(other, shape)
     assert conversion.get_key(network, shape) != conversion.get_key(network, (1, 3, 9, 9))
+
+
+def test_the_key_has_the_preprocessing_to_the_last_digit():
+    """Preprocessing's own text rounds to six digits, and a resume must not mix two scales."""
+    network = Network("my_module:build", Weights("own"), TORCHVISION_PREPROCESSING)
+    rounded = dataclasses.replace(TORCHVISION_PREPROCESSING, scale=0.00392157)
+    described = [
+        evaluation.get_blob_maker(network, preprocessing, "tutorial")[1]
+        for preprocessing in (TORCHVISION_PREPROCESSING, rounded)
+    ]
+    assert str(TORCHVISION_PREPROCESSING) == str(rounded)
+    assert described[0] != described[1]

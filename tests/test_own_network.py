@@ -367,6 +367,24 @@ def test_own_architecture(run, folder):
     assert read_answer(result.stdout) != answer
 
 
+def test_evaluation_of_pictures_that_are_not_square(run, folder):
+    """A network that carries timm's pretrained_cfg, for pictures 48 px wide and 32 px high."""
+    config = {"input_size": (3, 32, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.8}
+    build = f"""
+def build():
+    model = Net()
+    model.pretrained_cfg = {config}
+    return model
+"""
+    (folder / "my_module.py").write_text(MY_MODULE + build)
+    labels = folder / "labels.txt"
+    labels.write_text("".join(f"{picture.name} 0\n" for picture in sorted(PICTURES.glob("*.jpg"))))
+    options = ["--img_root_dir", PICTURES, "--img_cls_file", labels]
+    result = run("py_to_py_cls.py", "--model_name", "my_module:build", *options)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"same class (\d+) of \1\n", result.stdout)
+
+
 @pytest.mark.parametrize("name", ["Leaving", "LeavingLater"])
 def test_own_architecture_that_ends_the_process(run, folder, name):
     """A SystemExit of the network's code is an error, not the script's success."""

@@ -199,6 +199,8 @@ def write_bad_file(kind, path, weights):
         torch.save(torch.load(weights) | {"classifier.1.bias": bias}, path)
     elif kind == "no tensor among them":
         torch.save(torch.load(weights) | {"classifier.1.bias": 3}, path)
+    elif kind == "a head that isn't a tensor":
+        torch.save(torch.load(weights) | {"classifier.1.weight": 3}, path)
     elif kind == "other architecture":
         torch.save({"conv.weight": torch.zeros(3)}, path)
     elif kind == "other classes":
@@ -226,6 +228,7 @@ def write_bad_file(kind, path, weights):
         ("nan", "classifier.1.bias isn't a tensor of finite numbers"),
         ("inf", "classifier.1.bias isn't a tensor of finite numbers"),
         ("no tensor among them", "not the weights of squeezenet1_1.*classifier.1.bias"),
+        ("a head that isn't a tensor", "not the weights of squeezenet1_1.*classifier.1"),
         ("other architecture", "not the weights of squeezenet1_1"),
         ("other classes", "not the weights of squeezenet1_1.*classifier.1.bias"),
     ],
@@ -261,3 +264,11 @@ def test_bad_weights_as_the_user_sees_them(run, folder, weights):
     check_one_line(result, "bad.pth")
     assert "code ran" not in result.stdout
     assert {p.name for p in folder.iterdir()} == {"bad.pth"}
+
+
+def test_a_dictionary_with_numbers_for_keys_beside_the_weights(tmp_path, weights):
+    state = torch.load(weights)
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"class_weights": {0: torch.ones(1), 1: torch.ones(1)}, "model": state}, path)
+    loaded = load_weights("squeezenet1_1", path).state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
