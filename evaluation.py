@@ -210,7 +210,7 @@ def get_blob_maker(network, preprocessing, how):
                 "the preprocessing options"
             )
         transforms = get_transforms(network.name, network.weights)
-        if transforms.crop_size * 2 != [p.width, p.height]:
+        if transforms.crop_size != [p.width]:
             raise RequestError(
                 f"--preprocess torchvision cuts {transforms.crop_size[0]} pixels, and the frame "
                 f"size is {p.width}: leave one of the two options out"
