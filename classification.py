@@ -634,7 +634,8 @@ def annotate(picture, lines):
     """Write the lines into the top left corner, in letters small enough to fit the picture."""
     height, width = picture.shape[:2]
     font, unit = cv2.FONT_HERSHEY_SIMPLEX, 30  # px from line to line, at a font scale of 1
-    longest = max(cv2.getTextSize(line, font, 1, 1)[0][0] for line in lines) + unit
+    # thickness 2: OpenCV 5.0.0 writes bold letters, 5 % wider, from there on
+    longest = max(cv2.getTextSize(line, font, 1, 2)[0][0] for line in lines) + unit
     zoom = min(width / longest, height / (unit * (len(lines) + 1)), width / 800 + 0.3)
     step, thickness = round(unit * zoom), max(1, round(1.5 * zoom))
     picture[: len(lines) * step + step // 2, : round(longest * zoom)] //= 4  # dark behind the text

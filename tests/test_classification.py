@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from conftest import PICTURES, ROOT, check_one_line, read_answer
 
+import classification
+
 KOALA = PICTURES / "koala.jpg"
 LABELS = (PICTURES / "imagenet_classes.txt").read_text().splitlines()
 TORCHVISION = "--scale 0.00392156862745098 --mean 123.675 116.28 103.53 --std 0.229 0.224 0.225"
@@ -216,6 +218,15 @@ def test_quoted_lists(run, model):
     quoted = run("classification.py", *options, "--mean", "10 20 30")
     assert "mean 10 20 30" in plain.stdout and plain.returncode == 0
     assert read_answer(quoted.stdout) == read_answer(plain.stdout)
+
+
+@pytest.mark.parametrize("width", [100, 320, 640, 800, 1280, 1920, 4000])
+def test_a_long_line_ends_within_the_picture(width):
+    """The warning of random weights, the longest of our own, has a margin at its right."""
+    lines = ["fig: 2.0103", "Inference time: 115.5 ms", classification.RANDOM_WARNING]
+    picture = classification.annotate(np.zeros((width, width, 3), np.uint8), lines)
+    columns = np.nonzero(picture.any(axis=(0, 2)))[0]
+    assert width / 4 < columns.max() < width - 1
 
 
 def test_video_is_annotated_frame_by_frame(run, model, folder):
