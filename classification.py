@@ -2,7 +2,6 @@
 
 It needs nothing but cv2 and NumPy, so you can copy it anywhere by itself:
 
-    python classification.py --input resnet50.onnx cat.jpg
     python classification.py --input resnet50.onnx cat.jpg --top_k 5
     python classification.py --input resnet50.onnx 0        # camera 0
     python classification.py resnet50 --input cat.jpg       # as models.yml says
@@ -14,56 +13,68 @@ defaults of OpenCV's samples for everything you leave out.
 """
 
 import argparse
-import dataclasses
+import difflib
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import traceback
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 # Beside this file in the project it comes from. Elsewhere they are missing, and not needed.
-BUNDLED_DATA = Path(__file__).resolve().parent / "test_data" / "cls"
-BUNDLED_PICTURE = BUNDLED_DATA / "red_panda.jpg"
-BUNDLED_LABELS = BUNDLED_DATA / "imagenet_classes.txt"
+BUNDLED_PICTURE = Path(__file__).resolve().parent / "test_data" / "cls" / "red_panda.jpg"
+BUNDLED_LABELS = BUNDLED_PICTURE.with_name("imagenet_classes.txt")
 
 # The converted networks, relative to the current folder or to the folder of this file.
 ZOO_NAME = "models.yml"
 ZOO_PATHS = (os.path.join("models", ZOO_NAME), ZOO_NAME)
 ZOO_SAMPLE = "classification"  # what OpenCV's samples call the entries that are for this one
 
-RESULTS_DIR = "results"
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov")
+# What torchvision's ImageNet networks expect, with pixel values from 0 to 255:
+# https://docs.pytorch.org/vision/stable/models.html. This file travels alone, so the numbers are
+# here as well as in default_preprocess_config.py; a test compares them.
+TORCHVISION = {
+    "scale": 1 / 255, "mean": [123.675, 116.28, 103.53], "std": [0.229, 0.224, 0.225],
+    "rgb": True, "crop": True, "width": 224, "height": 224,
+    "initial_width": 256, "initial_height": 256,
+}  # fmt: skip
 
 # Model files with this suffix hold random weights; an entry says it as `weights: random`.
 RANDOM = "random"
 RANDOM_SUFFIX = f"-{RANDOM}"
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
+PICTURE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif",
+)  # fmt: skip
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".webm")
+SAVED_PICTURES, SAVED_VIDEOS = (".png", ".jpg", ".jpeg"), (".mp4", ".avi")  # of results
+RESULTS_DIR = "results"
+
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+LEAST_ZOOM = 0.45  # the font scale at which capitals are 9 px high: nobody can read smaller ones
 WINDOW = "Classification with OpenCV DNN"
-MIN_RESULT_SIZE = (640, 480)  # px: on a smaller picture nobody could read the text
-MAX_WINDOW_SIZE = (1280, 720)  # px
+KEYS = "keys in the window: q or Esc ends the program, space pauses, any other key goes on"
+QUIT, SPACE = (ord("q"), ord("Q"), 27), ord(" ")
+# OpenCV 5.0.0's Qt returns these, too, if they are pressed alone, and has X11's codes for them:
+# Shift, Control, Caps Lock, Alt and the like; AltGr; Num Lock.
+MODIFIERS = (*range(0xFFE1, 0xFFEF), 0xFE03, 0xFF7F)
 
 # What OpenCV's samples call the constants of cv2.dnn.
-ENGINES = {"auto": "ENGINE_AUTO", "new": "ENGINE_NEW", "classic": "ENGINE_CLASSIC"}
-BACKENDS = {
-    "default": "DNN_BACKEND_DEFAULT", "opencv": "DNN_BACKEND_OPENCV",
-    "openvino": "DNN_BACKEND_INFERENCE_ENGINE", "vkcom": "DNN_BACKEND_VKCOM",
-    "cuda": "DNN_BACKEND_CUDA",
-}  # fmt: skip
+ENGINES = {name: f"ENGINE_{name.upper()}" for name in ("auto", "new", "classic", "ort")}
+BACKENDS = {name: f"DNN_BACKEND_{name.upper()}" for name in ("default", "opencv", "vkcom", "cuda")}
+BACKENDS["openvino"] = "DNN_BACKEND_INFERENCE_ENGINE"
 TARGETS = {
-    "cpu": "DNN_TARGET_CPU", "opencl": "DNN_TARGET_OPENCL",
-    "opencl_fp16": "DNN_TARGET_OPENCL_FP16", "ncs2_vpu": "DNN_TARGET_MYRIAD",
-    "hddl_vpu": "DNN_TARGET_HDDL", "vulkan": "DNN_TARGET_VULKAN",
-    "cuda": "DNN_TARGET_CUDA", "cuda_fp16": "DNN_TARGET_CUDA_FP16",
-}  # fmt: skip
+    name: f"DNN_TARGET_{name.upper()}"
+    for name in ("cpu", "opencl", "opencl_fp16", "vulkan", "cuda", "cuda_fp16")
+}
+TARGETS |= {"ncs2_vpu": "DNN_TARGET_MYRIAD", "hddl_vpu": "DNN_TARGET_HDDL"}
 
 
 class RequestError(Exception):
@@ -76,15 +87,12 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse with one-line errors, a short usage line, and the docstring as its help."""
 
     def __init__(self, docstring, usage):
-        super().__init__(
-            description=docstring,
-            usage=f"%(prog)s {usage}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=docstring, formatter_class=formatter, allow_abbrev=False)
+        self.usage = f"%(prog)s {usage}"
 
     def error(self, message):
-        self.exit(RequestError.exit_code, f"{self.prog}: error: {message} (see --help)\n")
+        raise RequestError(f"{message} (see --help)")
 
 
 def run(main):
@@ -92,15 +100,9 @@ def run(main):
     if "OPENCV_LOG_LEVEL" not in os.environ:  # errors are reported below, in one line
         set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4, 5
         set_log_level(0)  # silent
-    # Let kill, or a terminal that closes, raise SystemExit, so that temporary files are removed.
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda signum, frame: sys.exit(128 + signum))
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, by >&- for instance
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # names the terminal can't show
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the same
+    # kill raises SystemExit, so that temporary files are removed
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         code = main()
         sys.stdout.flush()
@@ -110,6 +112,9 @@ def run(main):
     except (RequestError, OSError, cv2.error) as error:
         report(error)
         code = getattr(error, "exit_code", RequestError.exit_code)
+    except Exception:  # of your own code, or a fault of ours; 1 would say that networks disagree
+        traceback.print_exc()
+        code = RequestError.exit_code
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr)
         code = 130  # 128 + SIGINT, what a shell reports
@@ -117,7 +122,9 @@ def run(main):
 
 
 def report(error):
-    """Print an error as one line on stderr."""
+    """Print an error as one line on stderr, below the traceback of your own code if that raised."""
+    if error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
     source = f"OpenCV {cv2.__version__}: " if isinstance(error, cv2.error) else ""
     print(f"{Path(sys.argv[0]).name}: error: {source}{one_line(error)}", file=sys.stderr)
 
@@ -132,244 +139,175 @@ def one_line(error):
     return " ".join(text.split())
 
 
-# --- preprocessing --------------------------------------------------------------------------------
-
-
 def parse_bool(text):
     """True or False for what people type; argparse's type=bool would take "False" for True."""
-    value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in value:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
-    return value[text.lower()]
+    if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
+        raise ValueError
+    return text.lower() in ("true", "yes", "1")
 
 
 def finite(text):
     """A number that float32 can hold; with nan or inf every answer would be nan."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = np.nan
-    if not abs(number) <= float(np.finfo(np.float32).max):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
-    return number
+    if not abs(float(text)) <= np.finfo(np.float32).max:
+        raise ValueError
+    return float(text)
 
 
 def non_zero(text):
     """A finite number that float32 can divide by."""
     if abs(finite(text)) < np.finfo(np.float32).tiny:
-        raise argparse.ArgumentTypeError("0 is not possible here")
-    return finite(text)
+        raise ValueError
+    return float(text)
 
 
 def positive_int(text):
     """A whole number from 1 to 999999999."""
-    if not (text.isascii() and text.isdecimal() and 0 < len(text) < 10 and int(text)):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    if not 0 < int(text) < 10**9:
+        raise ValueError
     return int(text)
 
 
-def setting(default, parse, text, **how):
-    """A field of Preprocessing: default, parser of one value, help, and more for argparse."""
-    how = {"metavar": "V", **how, "help": text}
-    return dataclasses.field(default=default, metadata={"parse": parse, "how": how})
-
-
-# fmt: off
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a picture becomes a blob. The defaults are those of OpenCV's samples.
-
-    Each field is an option of this script and a key of models.yml.
-    """
-
-    scale: float = setting(1.0, non_zero,
-        "scalefactor: multiply by this, after subtracting the mean [1.0]")
-    mean: tuple = setting((0.0, 0.0, 0.0), finite,
-        "subtract these; in the order R G B with --rgb, else B G R [0 0 0]", nargs="+")
-    std: tuple = setting((), non_zero,
-        "divide the channels of the finished blob by these [none]", nargs="+")
-    rgb: bool = setting(False, parse_bool,
-        "swapRB: the network takes RGB, OpenCV reads BGR [False]", nargs="?", const="True")
-    crop: bool = setting(False, parse_bool,
-        "blobFromImage's crop: scale the shorter side to the blob and cut off the rest "
-        "[False: stretch]", nargs="?", const="True")
-    width: int = setting(224, positive_int, "width of the blob, px [224]")
-    height: int = setting(224, positive_int, "height of the blob, px [224]")
-    initial_width: int | None = setting(None, positive_int,
-        "resize the picture to this width first, px [no resize]")
-    initial_height: int | None = setting(None, positive_int,
-        "resize the picture to this height first, px [no resize]")
-    # fmt: on
-
-    def __str__(self):
-        """One line, always printed: a wrong preprocessing gives wrong answers without an error."""
-        mean, std = (" ".join(f"{v:g}" for v in c) or "none" for c in (self.mean, self.std))
-        resize = f"{self.initial_width}x{self.initial_height} -> " if self.initial_width else ""
-        return (
-            f"preprocessing: scale {self.scale:g}, mean {mean}, std {std}, rgb {self.rgb}, "
-            f"crop {self.crop}, size {resize}{self.width}x{self.height}"
-        )
-
-
-# What torchvision's ImageNet networks expect, with pixel values from 0 to 255:
-# https://docs.pytorch.org/vision/stable/models.html. This file travels alone, so the numbers are
-# here as well as in default_preprocess_config.py; a test compares them.
-MEAN, STD = (123.675, 116.28, 103.53), (0.229, 0.224, 0.225)
-TORCHVISION_PREPROCESSING = Preprocessing(1 / 255, MEAN, STD, True, True, 224, 224, 256, 256)
-
-
-def parse_preprocessing(found, source, names=None):
-    """{field: value} of Preprocessing from {name: text, number or list}; None and "" are left out.
-
-    source: where they are from, for the RequestError; names: {field: name} of those with others.
-    """
-    values, names = {}, names or {}
-    for field in dataclasses.fields(Preprocessing):
-        name = names.get(field.name, field.name)
-        if (value := found.get(name)) in (None, "", []):
-            continue
-        texts = " ".join(map(str, value if isinstance(value, list) else [value])).split()
-        try:
-            parsed = tuple(map(field.metadata["parse"], texts))
-        except argparse.ArgumentTypeError as error:
-            raise RequestError(f"{source}{name}: {error}") from None
-        count = 3 if isinstance(field.default, tuple) else 1
-        if len(parsed) != count:
-            raise RequestError(f"{source}{name}: takes {count} values, not {len(parsed)}")
-        values[field.name] = parsed if count == 3 else parsed[0]
-    if ("initial_width" in values) != ("initial_height" in values):
-        pair = [source + names.get(name, name) for name in ("initial_width", "initial_height")]
-        raise RequestError(f"{pair[0]} and {pair[1]} go together")
-    return values
-
-
-def get_preprocessing(args, zoo, entry):
-    """The Preprocessing of the command line: an option wins over the entry, field by field."""
-    given = parse_preprocessing(vars(args), "--")
-    if entry:
-        source = f"{zoo}: {args.alias or entry['model']}: "
-        return Preprocessing(**parse_preprocessing(entry, source) | given)
-    base = Preprocessing() if given.keys() & {"scale", "mean", "std"} else TORCHVISION_PREPROCESSING
-    return dataclasses.replace(base, **given)
-
-
-def get_blob(picture, preprocessing):
-    """float32 blob of shape (1, 3, height, width) from a BGR picture (height, width, 3).
-
-    (picture - mean) * scale / std. blobFromImage's crop scales the shorter side of the picture to
-    the blob first, so nothing is cut off a square picture.
-    """
-    p = preprocessing
-    # float before the resize: rounding to uint8 after it would shift the logits by about 0.01
-    picture = picture.astype(np.float32)
-    if p.initial_width:
-        picture = cv2.resize(picture, (p.initial_width, p.initial_height))
-    # the mean is in RGB order if swapRB is set: OpenCV swaps it as well
-    blob = cv2.dnn.blobFromImage(picture, p.scale, (p.width, p.height), p.mean, p.rgb, p.crop)
-    return blob / np.float32(p.std).reshape(1, 3, 1, 1) if p.std else blob
-
-
-# --- the command line -----------------------------------------------------------------------------
-
-
 def available(names):
-    """{name: constant} of those that this version of OpenCV has."""
-    return {name: getattr(cv2.dnn, c) for name, c in names.items() if hasattr(cv2.dnn, c)}
+    """{name: constant} of those that this build of OpenCV has."""
+    found = {name: getattr(cv2.dnn, c) for name, c in names.items() if hasattr(cv2.dnn, c)}
+    # OpenCV 5.0.0 names ENGINE_ORT in every build; without ONNX Runtime it warns and takes auto
+    if not re.search("ONNX Runtime: +YES", cv2.getBuildInformation()):
+        found.pop("ort", None)
+    return found
 
 
 # fmt: off
 def get_parser():
     parser = OneLineParser(__doc__, "[NAME] [--input FILE ...] [options]")
     add = parser.add_argument
-    add("alias", nargs="?", metavar="NAME",
-        help="the entry of models.yml with the model and its preprocessing; options win over it")
+    add("alias", nargs="?", metavar="NAME", help="entry of models.yml; options win over it")
     add("--zoo", metavar="FILE",
-        help=f"the file with the entries (default: {' or '.join(ZOO_PATHS)}, in the current folder "
-        "or beside this script)")
+        help=f"the file with the entries [{' or '.join(ZOO_PATHS)}, here or beside this script]")
     add("--input", nargs="+", default=[], metavar="FILE",
         help="the model (.onnx) and, in any order, pictures, folders of pictures, videos, or the "
-        "number of a camera; with a model alone, the bundled picture")
+        "number of a camera [the bundled picture]")
     add("--model", metavar="FILE", help="the model, if it isn't among --input")
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
-    add("--top_k", type=positive_int, default=1, metavar="K",
-        help="answers per picture, each with its logit as confidence (default: 1)")
+    add("--top_k", type=positive_int, default=1, metavar="K", help="answers per picture [1]")
     add("--output", metavar="PATH",
-        help="save the annotated picture or video here: a file, or a folder if it has no suffix "
-        f"(default: {RESULTS_DIR}; a camera, or a video that is shown, is saved only if you give "
-        "--output)")
-
-    add = parser.add_argument_group(
-        "preprocessing: the parameters of blobFromImage",
-        "Default: what the entry in models.yml says. Without an entry, torchvision's\n"
-        "ImageNet preprocessing; but if you give --scale, --mean or --std, the defaults\n"
-        "in brackets, which are those of OpenCV's samples.",
-    ).add_argument
-    for field in dataclasses.fields(Preprocessing):
-        add(f"--{field.name}", **field.metadata["how"])
-
+        help="annotated picture or video: a file, or a folder if it has no suffix "
+        f"[{RESULTS_DIR}; a camera, or a video that is shown, isn't saved]")
+    add = parser.add_argument_group("preprocessing, of blobFromImage").add_argument
+    add("--scale", type=non_zero, metavar="V", help="multiply by this, after the mean [1.0]")
+    add("--mean", type=finite, nargs=3, metavar="V",
+        help="subtract these; in the order R G B with --rgb, else B G R [0 0 0]")
+    add("--std", type=non_zero, nargs=3, metavar="V", help="divide the blob by these [none]")
+    switch = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
+    add("--rgb", **switch, help="swapRB: the network takes RGB, OpenCV reads BGR [False]")
+    add("--crop", **switch, help="scale the shorter side to the blob, cut off the rest [False]")
+    size = {"type": positive_int, "metavar": "PX"}
+    add("--width", **size, default=224, help="width of the blob [224]")
+    add("--height", **size, default=224, help="height of the blob [224]")
+    add("--initial_width", **size, help="resize the picture to this width first [no resize]")
+    add("--initial_height", **size, help="resize the picture to this height first [no resize]")
     add = parser.add_argument_group("inference").add_argument
-    if available(ENGINES):  # OpenCV 5 has two; OpenCV 4 has one and no name for it
+    if available(ENGINES):  # OpenCV 4 has one, and no name for it
         add("--engine", choices=list(available(ENGINES)),
-            help="OpenCV's inference engine: new is OpenCV 5's own, classic is OpenCV 4's, auto "
-            "tries new first (default: what the entry says, else auto)")
+            help="new is OpenCV 5's own, classic OpenCV 4's, ort ONNX Runtime, auto new or classic "
+            "[what the entry says, else auto]")
     add("--backend", choices=list(available(BACKENDS)), default="default",
-        help="computation backend (default: default)")
-    add("--target", choices=list(available(TARGETS)), default="cpu",
-        help="computation device (default: cpu)")
+        help="another one than the default runs on the classic engine")
+    add("--target", choices=list(available(TARGETS)), default="cpu", help="the same [cpu]")
     return parser
 # fmt: on
 
 
-def split_inputs(args):
-    """(model or None, sources) of --input and --model."""
+def get_args():
+    """(the options, the entry of models.yml or {}).
+
+    An entry changes the defaults of the options, as in OpenCV's samples: the command line is
+    parsed once to find the entry, and again with its values. Then args.model is the model's file,
+    and args.input what to classify.
+    """
+    parser = get_parser()
+    args = parse(parser)
     models = [item for item in args.input if item.lower().endswith(".onnx")]
-    sources = [item for item in args.input if item not in models]
+    sources = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
     models += [args.model] if args.model else []
     if len(models) > 1:
         raise RequestError(f"more than one model: {' '.join(models)}; name one .onnx file")
     if not models and args.alias is None:
         raise RequestError("no model: name one .onnx file, --input MODEL.onnx PICTURE")
-    if not sources and not BUNDLED_PICTURE.is_file():
-        raise RequestError("no picture: add one after --input")
-    return (models or [None])[0], sources or [str(BUNDLED_PICTURE)]
+    zoo, name, entry = find_entry(args, *models)
+    defaults = {} if entry or args.scale or args.mean or args.std else TORCHVISION
+    try:
+        defaults = defaults | parse_entry(parser, entry, args)
+    except RequestError as error:
+        raise RequestError(f"{zoo}: {name}: {error}") from None
+    if classes := entry.get("labels", entry.get("classes")):
+        defaults["classes"] = find_file(classes, entry, zoo.parent)
+    parser.set_defaults(**{"scale": 1.0, "mean": [0.0, 0.0, 0.0]} | defaults)
+    args = parser.parse_args()
+    args.input, args.classes = sources, args.classes and find_file(args.classes, entry, Path())
+    args.model = models[0] if models else find_file(entry.get("model", ""), entry, zoo.parent)
+    return args, entry
 
 
-# --- models.yml -----------------------------------------------------------------------------------
+def parse(parser, texts=None):
+    """The options in `texts`, or of the command line."""
+    args = parser.parse_args(texts)
+    if (args.initial_width is None) != (args.initial_height is None):
+        parser.error("--initial_width and --initial_height go together")
+    return args
 
 
-def find_entry(args, model):
-    """(path of the models.yml, the entry) of args.alias, else of the model file.
+def parse_entry(parser, entry, args):
+    """{option: value} of an entry's preprocessing and engine, checked as if they were typed."""
+    found, texts = [], ["NAME"]
+    for key in (*TORCHVISION, "engine"):
+        values = entry.get(key, [])
+        values = values if isinstance(values, list) else [values]
+        if values not in ([], [""]) and hasattr(args, key):  # OpenCV 4 has no --engine
+            found.append(key)
+            # argparse would take -1e-05 for an option, but nothing that begins with a space
+            texts += [f"--{key}", *(f" {v}" if str(v)[:1] == "-" else str(v) for v in values)]
+    parsed = vars(parse(parser, texts))
+    return {key: parsed[key] for key in found}
 
-    (None, {}) if a model file has no entry. Raises RequestError if a name has none.
+
+def find_entry(args, model=None):
+    """(path of the models.yml, name, entry) of args.alias, else of the model file.
+
+    (None, None, {}) if a model file has no entry. Raises RequestError if a name has none.
     """
-    if args.alias is None:
-        path = Path(args.zoo or Path(model).with_name(ZOO_NAME))
-        entry = read_zoo(path).get(Path(model).stem) if path.is_file() else None
-        known = isinstance(entry, dict) and entry.get("model") == Path(model).name
-        return (path, entry) if known else (None, {})
+    name = args.alias or Path(model).stem
     folders = (Path(), Path(__file__).resolve().parent)
-    paths = [Path(args.zoo)] if args.zoo else [f / path for f in folders for path in ZOO_PATHS]
-    for path in paths:
-        entry = read_zoo(path).get(args.alias) if path.is_file() else None
-        if isinstance(entry, dict) and entry.get("sample") == ZOO_SAMPLE:
-            return path, entry
+    paths = [folder / path for folder in folders for path in ZOO_PATHS]
+    if args.zoo or args.alias is None:
+        paths = [Path(args.zoo or Path(model).with_name(ZOO_NAME))]
+    names = []
+    for path in filter(Path.is_file, paths):
+        entries = [(key, entry) for key, entry in read_zoo(path).items() if isinstance(entry, dict)]
+        entries = {key: entry for key, entry in entries if entry.get("sample") == ZOO_SAMPLE}
+        if name in entries and (args.alias or entries[name].get("model") == Path(model).name):
+            return path, name, entries[name]
+        names += entries
+    if args.alias is None:
+        return None, None, {}
+    near = " or ".join(difflib.get_close_matches(name, names, cutoff=0.5))
+    hint = f"did you mean {near}?" if near else "convert the network, or set --zoo"
     searched = ", ".join(dict.fromkeys(os.path.normpath(path) for path in paths))
-    raise RequestError(
-        f"no entry '{args.alias}' for classification in {searched}: convert the network, or name "
-        "another file with --zoo; pictures and models go after --input"
-    )
+    raise RequestError(f"no entry '{name}' in {searched}: {hint} (pictures go after --input)")
 
 
-def find_file(zoo, entry, name):
-    """A file that an entry names: beside the models.yml, in the current folder, or where OpenCV's
-    samples look: https://github.com/opencv/opencv/blob/5.x/samples/dnn/common.py
+def find_file(name, entry, folder):
+    """The path of a file in `folder`, in the current one, or where OpenCV's samples look for it.
+
+    https://github.com/opencv/opencv/blob/5.x/samples/dnn/common.py
     """
-    folders = [zoo.parent, Path()]
+    folders = [folder, Path()]
     if cache := os.environ.get("OPENCV_DOWNLOAD_CACHE_DIR"):
-        sha1 = get_expected(entry).get("sha1", "")
+        info = entry.get("load_info")
+        sha1 = info.get("sha1", "") if isinstance(info, dict) else ""
         folders += [Path(cache, str(sha1)), Path(cache)]
-    if data := os.environ.get("OPENCV_SAMPLES_DATA_PATH"):
-        folders += [Path(data), Path(data, "dnn")]
+    for variable in ("SAMPLES_DATA_PATH", "DNN_TEST_DATA_PATH", "TEST_DATA_PATH"):
+        if data := os.environ.get(f"OPENCV_{variable}"):
+            folders += [Path(data), Path(data, "dnn")]
     paths = [os.path.normpath(folder / str(name)) for folder in folders]
     return next(filter(os.path.exists, paths), str(name))
 
@@ -383,17 +321,12 @@ def read_zoo(path):
     except (cv2.error, SystemError, ValueError):
         entries = None
     if not isinstance(entries, dict):
-        raise RequestError(
-            f"{path}: OpenCV can't read this as YAML; repair it, or delete it and convert again"
-        )
+        raise RequestError(f"{path}: OpenCV can't read this as YAML; repair or delete it")
     return entries
 
 
 def read_node(node):
-    """The dictionary, list, number or text of a cv2.FileNode.
-
-    `true` is 1 in OpenCV 5.0 and "true" in OpenCV 4; parse_bool takes both.
-    """
+    """The dictionary, list, number or text of a cv2.FileNode; true is 1 (5.0) or "true" (4)."""
     if node.isSeq():
         return [read_node(node.at(i)) for i in range(node.size())]
     if node.isInt() or node.isReal():
@@ -403,46 +336,60 @@ def read_node(node):
     return {name: read_node(node.getNode(name)) for name in node.keys()}  # noqa: SIM118
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
 def expand_sources(sources):
-    """[(kind, path)], the kind being "picture", "video" or "camera", recognized by content.
-
-    A folder stands for the pictures in it, sorted by name.
-    """
+    """The pictures, videos and numbers of cameras; a folder stands for its pictures, by name."""
     found = []
     for source in sources:
-        path = Path(check_name(source))
-        if path.is_dir():
-            pictures = [("picture", str(p)) for p in sorted(path.iterdir()) if is_picture(p)]
+        if os.path.isdir(source):
+            files = [str(path) for path in sorted(Path(source).iterdir())]
+            pictures = [file for file in files if Path(file).suffix.lower() in PICTURE_SUFFIXES]
             if not pictures:
                 raise RequestError(f"{source}: no picture in this folder")
             found += pictures
-        elif source.isdecimal() and not path.exists():
-            found.append(("camera", source))
-        elif not path.is_file():
-            raise RequestError(f"{source}: no such file or folder; give an existing picture")
+        elif os.path.isfile(source) or (source.isdecimal() and not os.path.exists(source)):
+            found.append(source)
         else:
-            video = not is_picture(path) and cv2.VideoCapture(source).isOpened()
-            found.append(("video" if video else "picture", source))
+            problem = "a pipe: save it as a file" if os.path.exists(source) else "no such file"
+            raise RequestError(f"{source}: {problem}; give a picture, a video or a folder")
     return found
 
 
 def check_name(name):
     """The file name. cv2 5.0.0 crashes on "" and on names that aren't UTF-8: RequestError."""
-    try:
-        if name.encode():
-            return name
-    except UnicodeEncodeError:
-        pass
-    raise RequestError(f"{name!r}: OpenCV can't open files of this name; rename it")
+    if not name or name != name.encode(errors="ignore").decode():
+        raise RequestError(f"{name!r}: OpenCV can't open files of this name; rename it")
+    return name
 
 
-def is_picture(path):
-    """Whether it is a file with a picture's suffix, or that OpenCV recognizes as a picture."""
-    known = path.suffix.lower() in PICTURE_SUFFIXES
-    return path.is_file() and (known or cv2.haveImageReader(check_name(str(path))))
+def is_video(source):
+    """Whether it is the number of a camera, or a file whose suffix is a video's."""
+    return not os.path.exists(source) or Path(source).suffix.lower() in VIDEO_SUFFIXES
+
+
+def read_frames(source):
+    """Yield (title, picture, rate) of a picture, or of each frame of a video or camera.
+
+    picture: uint8 BGR (height, width, 3); rate: frames per second, 0 for a picture.
+    """
+    check_name(source)
+    if not is_video(source):
+        yield source, read_picture(source), 0
+        return
+    capture = cv2.VideoCapture(source if os.path.exists(source) else int(source))
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    rate = rate if 0 < rate <= 1000 else 25  # some cameras and files don't say
+    number = 0
+    while (got := capture.read())[0]:
+        number += 1
+        yield f"{source}, frame {number}", got[1], rate
+    if not number:
+        name = source if os.path.exists(source) else f"camera {source}"
+        raise RequestError(f"{name}: no frame can be read; is it truncated, or not connected?")
+    promised = capture.get(cv2.CAP_PROP_FRAME_COUNT)  # of some files, an estimate
+    if number < 0.99 * promised - 1:
+        error = RequestError(f"{source}: truncated: {number} of {promised:.0f} frames can be read")
+        error.exit_code = 1
+        raise error
 
 
 def read_picture(path):
@@ -451,6 +398,8 @@ def read_picture(path):
         data = np.frombuffer(Path(path).read_bytes(), np.uint8)
         # imdecode, because imread fills the missing part of a truncated JPEG with grey
         picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        if picture is None and cv2.imdecode(data, cv2.IMREAD_UNCHANGED) is not None:
+            raise RequestError(f"{path}: pixels of an unusual type, float32 for one; use 8 bits")
     except OSError as error:
         raise RequestError(one_line(error)) from None
     except cv2.error:  # an empty file, or more than 2**30 pixels
@@ -470,38 +419,26 @@ def read_lines(path):
 
 def fit_labels(labels, path, classes):
     """`labels` if there is one per class; else [] for the default ones (path None), or an error."""
-    if len(labels) == classes or path is None:
-        return labels if len(labels) == classes else []
-    raise RequestError(
-        f"{path}: {len(labels)} lines, but the network has {classes} outputs; --classes takes one "
-        "line for each"
-    )
+    if len(labels) != classes and path is not None:
+        raise RequestError(f"{path}: {len(labels)} lines, but the network has {classes} outputs")
+    return labels if len(labels) == classes else []
 
 
-def read_net(model, entry, args):
-    """cv2.dnn.Net of the model file on the engine, backend and target of the command line.
-
-    While OpenCV reads the file, a thread compares its SHA-1 with the entry's.
-    """
+def read_net(args, entry):
+    """cv2.dnn.Net of the model file, on the engine, backend and target of the command line."""
     backend, target = available(BACKENDS)[args.backend], available(TARGETS)[args.target]
     if target not in cv2.dnn.getAvailableTargets(backend):  # OpenCV would silently use the CPU
-        raise RequestError(
-            f"this OpenCV has no --target {args.target} on --backend {args.backend}; leave both "
-            "out for the CPU"
-        )
-    engine = getattr(args, "engine", None)  # OpenCV 4 has no such option
+        raise RequestError(f"this OpenCV has no --target {args.target} on --backend {args.backend}")
+    check_model(args.model)
+    # only our own: OpenCV's entry of googlenet, for instance, has the hash of an empty file
+    if "made_from" in entry and get_load_info(args.model) != entry.get("load_info"):
+        raise RequestError(f"{args.model}: its SHA-1 isn't the one in {ZOO_NAME}; convert it again")
     on_cpu = (args.backend, args.target) == ("default", "cpu")
-    if not on_cpu and engine == "new":
-        raise RequestError("--engine new runs on the CPU only: leave out --backend and --target")
-    if engine is None:  # backends and targets are for the classic engine only (OpenCV 5.0)
-        engine = entry.get("engine", "auto") if on_cpu else "classic"
-    check_model(model)
-    with ThreadPoolExecutor(1) as thread:
-        check = thread.submit(check_load_info, model, entry)
-        try:
-            net = read_onnx(model, engine)
-        finally:
-            check.result()  # raises, and says more than OpenCV about a file that it can't read
+    if config := entry.get("config"):  # of Caffe, in OpenCV 4.10's models.yml
+        net = cv2.dnn.readNet(args.model, find_file(config, entry, Path(args.model).parent))
+    else:
+        engine = getattr(args, "engine", None) or "auto"  # OpenCV 4 has no such option
+        net = read_onnx(args.model, engine if on_cpu else "classic")
     if not on_cpu:
         net.setPreferableBackend(backend)
         net.setPreferableTarget(target)
@@ -510,34 +447,13 @@ def read_net(model, entry, args):
 
 def get_digest(path, algorithm):
     """The "sha1" or "sha256" of a file, in hexadecimal."""
-    digest = hashlib.new(algorithm)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.new(algorithm, Path(path).read_bytes()).hexdigest()
 
 
 def get_load_info(model):
     """{"sha1": of a model file} as in OpenCV's models.yml, and of the .data beside a large one."""
     files = {"sha1": Path(model), "data_sha1": Path(f"{model}.data")}
     return {key: get_digest(path, "sha1") for key, path in files.items() if path.exists()}
-
-
-def get_expected(entry):
-    """The hashes in an entry's load_info, like get_load_info's; {} if it has none."""
-    expected = entry.get("load_info")
-    return expected if isinstance(expected, dict) else {}
-
-
-def check_load_info(model, entry):
-    """Raise RequestError if the model file isn't the one that its entry was written for."""
-    expected = get_expected(entry)
-    found = get_load_info(model) if expected else {}
-    if any(expected.get(key, digest) != digest for key, digest in found.items()):
-        raise RequestError(
-            f"{model}: not the file that was converted: its SHA-1 isn't the one in {ZOO_NAME}; "
-            "convert it again"
-        )
 
 
 def check_model(path):
@@ -548,52 +464,38 @@ def check_model(path):
 
 def read_onnx(path, engine):
     """cv2.dnn.Net of an ONNX file on one of ENGINES; RequestError if OpenCV can't read it."""
-    engines = available(ENGINES)
-    if engines and engine not in engines:
-        raise RequestError(f"unknown engine '{engine}': it is one of {', '.join(engines)}")
+    engines = available(ENGINES)  # none in OpenCV 4
     try:
         return cv2.dnn.readNetFromONNX(str(path), *([engines[engine]] if engines else []))
     except cv2.error as error:
-        raise RequestError(
-            f"{path}: OpenCV {cv2.__version__} can't read this as ONNX, it may be truncated: "
-            + one_line(error)
-        ) from None
+        problem = f"OpenCV {cv2.__version__} can't read this as ONNX, it may be truncated"
+        raise RequestError(f"{path}: {problem}: {one_line(error)}") from None
 
 
-# --- the answer -----------------------------------------------------------------------------------
+def get_blob(picture, p):
+    """float32 blob of shape (1, 3, height, width) from a BGR picture (height, width, 3).
+
+    (picture - mean) * scale / std, with p.mean, p.scale and so on: p has the attributes of the
+    options; p.std may be empty. blobFromImage's crop scales the shorter side of the picture to the
+    blob first, so nothing is cut off a square picture.
+    """
+    # float before the resize: rounding to uint8 after it would shift the logits by about 0.01
+    picture = picture.astype(np.float32)
+    if p.initial_width:
+        picture = cv2.resize(picture, (p.initial_width, p.initial_height))
+    # the mean is in RGB order if swapRB is set: OpenCV swaps it as well
+    blob = cv2.dnn.blobFromImage(picture, p.scale, (p.width, p.height), p.mean, p.rgb, p.crop)
+    return blob / np.float32(p.std).reshape(1, 3, 1, 1) if p.std else blob
 
 
-@dataclass
-class Classifier:
-    """A network with what it needs to answer."""
-
-    net: cv2.dnn.Net
-    preprocessing: Preprocessing
-    labels: list  # class names
-    classes: str | None  # the file that they must come from; None: ImageNet's, if they fit
-    top_k: int
-    random: bool  # whether it has random weights
-
-    def __call__(self, picture):
-        """([(class ID, label, logit)], best first, ms of the forward pass) for a BGR picture."""
-        logits, ms = forward(self.net, get_blob(picture, self.preprocessing))
-        names = fit_labels(self.labels, self.classes, len(logits))
-        best = np.argsort(-logits, kind="stable")[: self.top_k]
-        return [(int(i), names[i] if names else f"Class #{i}", logits[i]) for i in best], ms
-
-
-def get_classifier(args, model, zoo, entry):
-    """The Classifier of the command line and the entry."""
-    classes = args.classes
-    if classes is None and (name := entry.get("labels", entry.get("classes"))):
-        classes = find_file(zoo, entry, name)
-    labels = read_lines(classes or BUNDLED_LABELS) if classes or BUNDLED_LABELS.is_file() else []
-    if labels and not classes:
-        print(f"class names: ImageNet's, if there are {len(labels)}; --classes names others")
-    preprocessing = get_preprocessing(args, zoo, entry)
-    random = entry.get("weights") == RANDOM or Path(model).stem.endswith(RANDOM_SUFFIX)
-    net = read_net(model, entry, args)
-    return Classifier(net, preprocessing, labels, classes, args.top_k, random)
+def describe(p):
+    """The preprocessing in one line, always printed: a wrong one gives wrong answers, no error."""
+    mean, std = (" ".join(f"{v:g}" for v in values or []) or "none" for values in (p.mean, p.std))
+    resize = f"{p.initial_width}x{p.initial_height} -> " if p.initial_width else ""
+    return (
+        f"preprocessing: scale {p.scale:g}, mean {mean}, std {std}, rgb {p.rgb}, crop {p.crop}, "
+        f"size {resize}{p.width}x{p.height}"
+    )
 
 
 def forward(net, blob):
@@ -603,96 +505,127 @@ def forward(net, blob):
         net.setInput(blob)
         out = net.forward()
     except cv2.error as error:
-        raise RequestError(
-            f"the network can't take a {blob.shape[3]}x{blob.shape[2]} picture; set --width and "
-            f"--height to the size it was converted for: {one_line(error)}"
-        ) from None
+        size, text = f"{blob.shape[3]}x{blob.shape[2]}", one_line(error)
+        raise RequestError(f"it can't take {size}: set --width and --height: {text}") from None
     ms = 1000 * (time.perf_counter() - start)
     outputs = len(net.getUnconnectedOutLayersNames())
-    if outputs != 1 or out is None or out.ndim != 2 or len(out) != 1 or out.dtype != np.float32:
+    # squeezenet of OpenCV 4.10's models.yml has the shape (1, 1000, 1, 1)
+    if outputs != 1 or out is None or out.shape[:2] != (1, out.size) or out.dtype != np.float32:
         raise RequestError("not a classifier: the output isn't one float32 array (1, classes)")
     if not np.isfinite(out).all():
-        raise RequestError(
-            "the network answers nan or inf: check --scale, --mean and --std, or convert it again"
-        )
-    return out[0], ms
+        raise RequestError("the answer is nan or inf: check --scale, --mean, --std, or the file")
+    return out.ravel(), ms
 
 
-def print_answer(title, best, ms, random):
-    print(f"{title}:")
-    for class_id, label, logit in best:
-        print(f"* class ID: {class_id}, label: {label}\n* confidence: {logit:.4f}")
-    if random:
-        print(f"* {RANDOM_WARNING}")
-    print(f"* inference time: {ms:.1f} ms", flush=True)
-
-
-# --- the annotated picture ------------------------------------------------------------------------
+def get_answers(logits, names, top_k):
+    """[(text for stdout, text for the picture)], best first. names: of the classes, or empty."""
+    if len(logits) == 1:  # a value, which has no classes
+        text = f"{names[0] if names else 'value'}: {logits[0]:.4f}"
+        return [(f"* {text}", text)]
+    probabilities = np.exp(logits.astype(np.float64) - logits.max())
+    if logits.min() >= 0 and abs(logits.sum() - 1) < 1e-3:  # the network ends in a softmax
+        probabilities = logits
+    answers = []
+    for i in np.argsort(-logits, kind="stable")[:top_k]:
+        name = names[i] if names else f"Class #{i}"
+        percent = f"{100 * probabilities[i] / probabilities.sum():.1f} %"
+        text = f"* class ID: {i}, label: {name}\n* confidence: {logits[i]:.4f}"
+        # some of ImageNet's names have many synonyms
+        answers.append((f"{text}\n* probability: {percent}", f"{name.split(',')[0]}: {percent}"))
+    return answers
 
 
 def annotate(picture, lines):
-    """Write the lines into the top left corner, in letters small enough to fit the picture."""
+    """Write lines into the top left corner, as large as fits, but not too small to be read.
+
+    If there are too many, the last, the inference time, goes first; the others are counted.
+    """
     height, width = picture.shape[:2]
-    font, unit = cv2.FONT_HERSHEY_SIMPLEX, 30  # px from line to line, at a font scale of 1
-    # thickness 2: OpenCV 5.0.0 writes bold letters, 5 % wider, from there on
-    longest = max(cv2.getTextSize(line, font, 1, 2)[0][0] for line in lines) + unit
-    zoom = min(width / longest, height / (unit * (len(lines) + 1)), width / 800 + 0.3)
-    step, thickness = round(unit * zoom), max(1, round(1.5 * zoom))
-    picture[: len(lines) * step + step // 2, : round(longest * zoom)] //= 4  # dark behind the text
+    room = int(height / int(30 * LEAST_ZOOM) - 0.5)
+    if len(lines) > room:
+        kept = max(1, room - 1)
+        lines = [*lines[:kept], f"... and {len(lines) - 1 - kept} more"][:room]
+    if not lines:
+        return picture
+    zoom = min(width / 800 + 0.3, height / (30 * (len(lines) + 0.5)))
+    while True:
+        zoom = max(zoom, LEAST_ZOOM)
+        step, thickness = int(30 * zoom), max(1, round(1.5 * zoom))
+        # OpenCV 5.0's letters get wider with their thickness: measured as they are drawn
+        longest = max(cv2.getTextSize(line, FONT, zoom, thickness)[0][0] for line in lines)
+        if zoom == LEAST_ZOOM or longest + step <= width:
+            break
+        zoom *= 0.95
+    picture[: len(lines) * step + step // 2, : longest + step] //= 4  # dark behind the text
     for row, line in enumerate(lines, 1):
+        while line and cv2.getTextSize(line, FONT, zoom, thickness)[0][0] + step > width:
+            line = f"{line[:-4]}..." if len(line) > 4 else ""
         origin = (step // 2, row * step)
-        cv2.putText(picture, line, origin, font, zoom, (0, 255, 0), thickness, cv2.LINE_AA)
+        cv2.putText(picture, line, origin, FONT, zoom, (0, 255, 0), thickness, cv2.LINE_AA)
     return picture
 
 
-def fit(picture, size, least=0.0, most=1.0):
-    """The picture, scaled to fit into `size` (width, height), by a factor of `least` to `most`."""
+def fit(picture, size, limit):
+    """The picture scaled to `size` (width, height); limit: min, only if larger, or max, smaller."""
     height, width = picture.shape[:2]
-    zoom = np.clip(min(size[0] / width, size[1] / height), least, most)
+    zoom = limit(1, min(size[0] / width, size[1] / height))
     new_size = (max(1, round(width * zoom)), max(1, round(height * zoom)))
     # INTER_AREA: scaling down in any other way drops lines of pixels, and the text with them
     return cv2.resize(picture, new_size, interpolation=cv2.INTER_AREA)
 
 
-def get_lines(best, ms, random):
-    """What `annotate` writes for an answer."""
-    lines = [f"{label}: {logit:.4f}" for _, label, logit in best]
-    return [*lines, f"Inference time: {ms:.1f} ms"] + ([RANDOM_WARNING] if random else [])
-
-
-# --- saving and showing ---------------------------------------------------------------------------
-
-
-def get_output_paths(sources, model, output):
-    """The path of each annotated source: `output` if it has a suffix, else in that folder."""
-    paths = []
-    for kind, source in sources:
-        path = Path(f"camera{source}" if kind == "camera" else source)
-        suffixes = PICTURE_SUFFIXES if kind == "picture" else VIDEO_SUFFIXES
-        suffix = path.suffix if path.suffix.lower() in suffixes else suffixes[0]
-        suffix = suffixes[0] if suffix.lower() == ".pgm" else suffix  # grey only
-        paths.append(Path(output or RESULTS_DIR) / f"{path.stem}_{Path(model).stem}{suffix}")
-    if output and Path(output).suffix and not Path(output).is_dir():
-        if len(sources) > 1:
-            raise RequestError(
-                f"--output {output} is a file, but there are {len(sources)} inputs; name a folder"
-            )
-        paths = [Path(check_name(output))]
-    for path in paths:
-        if path.exists() and any(path.samefile(s) for _, s in sources if Path(s).exists()):
-            raise RequestError(f"--output {path} is an input; name another file")
+def get_output_paths(sources, args):
+    """The path of each annotated source: --output, or a name of its own in that folder."""
+    output = check_name(args.output or RESULTS_DIR)
+    is_folder = output.endswith(("/", os.sep)) or os.path.isdir(output) or not Path(output).suffix
+    if not is_folder and len(sources) > 1:
+        raise RequestError(f"--output {output}: {len(sources)} inputs need a folder, not a file")
+    paths, taken = [], {os.path.realpath(source).lower() for source in sources}
+    for number, source in enumerate(sources, 1):
+        suffixes = SAVED_VIDEOS if is_video(source) else SAVED_PICTURES
+        suffix = Path(source).suffix if Path(source).suffix.lower() in suffixes else suffixes[0]
+        stem = f"{Path(source).stem}_{Path(args.model).stem}"
+        path = Path(output, f"{stem}{suffix}") if is_folder else Path(output)
+        if is_folder and os.path.realpath(path).lower() in taken:
+            path = Path(output, f"{stem}_{number}{suffix}")
+        if os.path.realpath(path).lower() in taken:
+            raise RequestError(f"--output {path} is an input or a result already; name another")
+        if is_video(source) and path.suffix.lower() not in suffixes:
+            raise RequestError(f"--output {path}: a video needs {' or '.join(suffixes)}")
+        taken.add(os.path.realpath(path).lower())
+        paths.append(path)
     return paths
 
 
-def has_display():
-    """Whether a window can be shown.
+def save_picture(path, picture):
+    """Write a picture in the format of the path's suffix; not imwrite, which hides what fails."""
+    try:
+        encoded, data = cv2.imencode(path.suffix, picture)
+    except cv2.error:
+        encoded = False
+    if not encoded:
+        raise RequestError(f"{path}: OpenCV can't write this picture in this format; try .png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    print(f"* saved: {path}", flush=True)
 
-    Without a display, opencv-python's Qt aborts the whole process instead of raising (seen with
-    OpenCV 5.0.0, exit 134; https://github.com/opencv/opencv/issues/13682), so a child process
-    tries first. Once cv2.namedWindow raises, a try/except will do.
+
+def open_video(path, frame, rate):
+    """cv2.VideoWriter for frames like `frame`, `rate` a second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fourcc = cv2.VideoWriter_fourcc(*("MJPG" if path.suffix.lower() == ".avi" else "mp4v"))
+    writer = cv2.VideoWriter(str(path), fourcc, rate, frame.shape[1::-1])
+    if not writer.isOpened():
+        raise RequestError(f"{path}: OpenCV can't write this video")
+    return writer
+
+
+def has_display():
+    """Whether a window can be shown. A child process tries, because without a display Qt aborts it
+    (OpenCV 5.0.0, exit 134; https://github.com/opencv/opencv/issues/13682) instead of raising.
     """
-    on_linux = sys.platform.startswith("linux")
-    if on_linux and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    displays = os.environ.get("DISPLAY"), os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform.startswith("linux") and not any(displays):
         return False
     probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
     try:
@@ -701,119 +634,83 @@ def has_display():
         return False
 
 
-def show(picture):
-    """Show `picture` in the window, scaled to fit the screen."""
-    cv2.namedWindow(WINDOW, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
-    cv2.imshow(WINDOW, fit(picture, MAX_WINDOW_SIZE))
+def show(picture, seconds):
+    """Show a picture for this time, or until a key is pressed. Whether the user ends the program.
 
-
-def window_closed(milliseconds):
-    """Wait this many milliseconds for a key; True if one was pressed or the window was closed."""
-    return cv2.waitKey(milliseconds) >= 0 or cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1
-
-
-# --- pictures and videos --------------------------------------------------------------------------
-
-
-def classify_picture(path, classify, output, window):
-    """Classify one picture, print the answer, save the annotated picture, show it."""
-    picture = read_picture(path)
-    best, ms = classify(picture)
-    print_answer(path, best, ms, classify.random)
-    picture = fit(picture, MIN_RESULT_SIZE, least=1.0, most=20.0)
-    result = annotate(picture, get_lines(best, ms, classify.random))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.haveImageWriter(str(output)):
-        raise RequestError(f"{output}: OpenCV can't write a picture in this format; try .png")
-    if not cv2.imwrite(str(output), result):
-        raise RequestError(f"{output}: can't be written; is the disk full?")
-    print(f"* saved: {output}", flush=True)
-    if window:
-        show(result)
-        while not window_closed(50):  # waitKey(0) would miss Ctrl-C, and a window that is closed
-            pass
-        cv2.destroyAllWindows()
-
-
-def classify_video(kind, source, classify, output, window):
-    """Classify each frame of a video or camera, and print each change of the top answer.
-
-    output: None if nothing is to be saved. A key or Ctrl-C ends it; what is saved is whole.
+    By q, Esc, or the window's close button. Space pauses, unless seconds is infinite anyway.
     """
-    capture = cv2.VideoCapture(int(source) if kind == "camera" else source)
-    read, frame = capture.read()
-    if not read:
-        hint = "is it connected?" if kind == "camera" else "the file may be truncated"
-        raise RequestError(f"{kind} {source}: no frame can be read; {hint}")
-    writer = open_video(output, capture, frame) if output else None
-    last, frames, interrupted = None, 0, False
-    start = time.perf_counter()
+    cv2.namedWindow(WINDOW, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
+    cv2.imshow(WINDOW, fit(picture, (1280, 720), min))
+    end = time.monotonic() + seconds
+    while True:
+        key = cv2.waitKeyEx(50 if seconds else 1)  # not 0, which would miss Ctrl-C
+        code = key & 0xFFFF  # GTK adds the state of Shift, Num Lock and the like
+        try:
+            closed = cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1
+        except cv2.error:  # OpenCV 5.0.0's Qt, once its only window is closed
+            closed = True
+        if closed or code in QUIT:
+            return True
+        if code == SPACE and end < np.inf:
+            end, seconds = np.inf, np.inf
+        elif (key >= 0 and code not in MODIFIERS) or time.monotonic() >= end:
+            return False
+
+
+def classify(source, output, net, args, window, seconds):
+    """Classify a picture, or each frame of a video: print, annotate, save, show.
+
+    Of a video, each change of the answer is printed. output: None, if nothing is to be saved;
+    seconds: how long to show a picture. Returns whether the user ends the program.
+    """
+    last, writer = None, None
     try:
-        while read:
-            best, ms = classify(frame)
-            lines = get_lines(best, ms, classify.random)
-            fps = (frames + 1) / (time.perf_counter() - start)
-            result = annotate(frame, [*lines, f"{fps:.1f} frames per second"])
-            if writer is not None:
-                writer.write(result)
-            frames += 1
-            if best[0][0] != last:
-                last = best[0][0]
-                print_answer(f"{source}, frame {frames}", best, ms, classify.random)
-            if window:
-                show(result)
-                if window_closed(1):
-                    break
-            read, frame = capture.read()
-    except KeyboardInterrupt:
-        interrupted = True
-    fps = frames / (time.perf_counter() - start)
-    promised = max(frames, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-    print(f"{source}: {frames} of {promised} frames, {fps:.1f} frames per second")
-    if writer is not None:
-        writer.release()
-        # VideoWriter doesn't report a full disk. Ctrl-C may come between a write and its count.
-        saved = cv2.VideoCapture(str(output)).get(cv2.CAP_PROP_FRAME_COUNT)
-        if not frames <= saved <= frames + interrupted:
-            output.unlink(missing_ok=True)
-            raise RequestError(f"{output}: can't be written; is the disk full?")
-        print(f"* saved: {output}")
-    if interrupted:
-        raise KeyboardInterrupt
-
-
-def open_video(output, capture, frame):
-    """cv2.VideoWriter for frames like `frame`, at the rate of `capture`."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    fourcc = cv2.VideoWriter_fourcc(*("MJPG" if output.suffix.lower() == ".avi" else "mp4v"))
-    rate = capture.get(cv2.CAP_PROP_FPS)
-    rate = rate if 0 < rate <= 1000 else 25  # some cameras and files don't say
-    writer = cv2.VideoWriter(str(output), fourcc, rate, frame.shape[1::-1])
-    if not writer.isOpened():
-        raise RequestError(
-            f"{output}: OpenCV can't write this video; name a {' or '.join(VIDEO_SUFFIXES)} file"
-        )
-    return writer
+        for title, picture, rate in read_frames(source):
+            logits, ms = forward(net, get_blob(picture, args))
+            names = fit_labels(args.labels, args.classes, len(logits))
+            answers = get_answers(logits, names, args.top_k)
+            warning = [RANDOM_WARNING] if args.random else []
+            if last != logits.argmax():
+                texts = [text for text, _ in answers] + [f"* {text}" for text in warning]
+                print(f"{title}:", *texts, f"* inference time: {ms:.1f} ms", sep="\n", flush=True)
+            last = logits.argmax()
+            if not rate:  # room for the text
+                picture = fit(picture, (640, 480), max)
+            lines = [*warning, *(text for _, text in answers), f"Inference time: {ms:.1f} ms"]
+            annotate(picture, lines)
+            if output and not rate:
+                save_picture(output, picture)
+            elif output:
+                writer = open_video(output, picture, rate) if writer is None else writer
+                writer.write(picture)
+            if window and show(picture, 0 if rate else seconds):
+                return True
+    finally:  # also after Ctrl-C
+        if writer is not None:
+            writer.release()
+            print(f"* saved: {output}", flush=True)
+    return False
 
 
 def main():
-    args = get_parser().parse_args()
-    model, sources = split_inputs(args)
-    zoo, entry = find_entry(args, model)
-    model = model or find_file(zoo, entry, entry.get("model", ""))
-    sources = expand_sources(sources)
-    outputs = get_output_paths(sources, model, args.output)
-    classify = get_classifier(args, model, zoo, entry)
+    args, entry = get_args()
+    sources = expand_sources(args.input)
+    outputs = get_output_paths(sources, args)
+    labels = args.classes or (BUNDLED_LABELS if BUNDLED_LABELS.is_file() else None)
+    args.labels = read_lines(labels) if labels else []
+    if args.labels and not args.classes:
+        print(f"class names: ImageNet's, if there are {len(args.labels)}; --classes names others")
+    args.random = entry.get("weights") == RANDOM or Path(args.model).stem.endswith(RANDOM_SUFFIX)
+    net = read_net(args, entry)
     window = has_display()
-    print(classify.preprocessing)
+    print(describe(args), *([KEYS] if window else []), sep="\n")
     failed = 0
-    for (kind, source), output in zip(sources, outputs, strict=True):
+    for number, (source, output) in enumerate(zip(sources, outputs, strict=True), 1):
+        saved = args.output or not (is_video(source) and (window or not os.path.exists(source)))
+        seconds = 1 if number < len(sources) else np.inf  # as OpenCV 5's sample
         try:
-            if kind == "picture":
-                classify_picture(source, classify, output, window)
-            else:
-                keep = args.output or (kind == "video" and not window)
-                classify_video(kind, source, classify, output if keep else None, window)
+            if classify(source, output if saved else None, net, args, window, seconds):
+                break
         except RequestError as error:
             if len(sources) == 1:
                 raise

@@ -1,44 +1,14 @@
-"""What the scripts share: errors, the command line, files and models.yml.
-
-classification.py is copied elsewhere by itself, so what it needs is defined there. All other
-scripts import it from here, and from nowhere else.
-"""
+"""What all scripts but the sample share: errors, files, models.yml, and the preprocessing."""
 
 import contextlib
 import dataclasses
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 
-from classification import (  # noqa: F401 (for the other scripts)
-    ENGINES,
-    PICTURE_SUFFIXES,
-    RANDOM,
-    RANDOM_SUFFIX,
-    RANDOM_WARNING,
-    TORCHVISION_PREPROCESSING,
-    ZOO_NAME,
-    ZOO_SAMPLE,
-    OneLineParser,
-    Preprocessing,
-    RequestError,
-    available,
-    check_model,
-    fit_labels,
-    get_blob,
-    get_digest,
-    get_load_info,
-    one_line,
-    parse_bool,
-    parse_preprocessing,
-    positive_int,
-    read_lines,
-    read_onnx,
-    read_picture,
-    read_zoo,
-    run,
-)
+from classification import RANDOM, RANDOM_SUFFIX, ZOO_NAME, ZOO_SAMPLE, RequestError, read_zoo
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 SEED = 0  # of random weights, and of the noise that networks are compared on
@@ -48,9 +18,6 @@ class NetworksDisagree(RequestError):
     """OpenCV doesn't give PyTorch's answer."""
 
     exit_code = 1
-
-
-# --- files ----------------------------------------------------------------------------------------
 
 
 def find_bundled(path):
@@ -64,108 +31,64 @@ def find_bundled(path):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yield a temporary path beside `path`; it becomes `path` at the end of the block.
+    """Yield a path in a hidden folder beside `path`; the file becomes `path` at the end.
 
-    An exception leaves nothing behind. Folders are made as needed. Raises RequestError if the file
-    can't be written.
+    So does what was written beside it, the weights of a large network. An exception leaves nothing
+    behind, and what was there before stays. Folders are made as needed. Raises RequestError if the
+    file can't be written.
     """
     path = Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        yield part
-        os.replace(part, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            part = Path(folder, path.name)
+            yield part
+            # PATH.data before PATH, which refers to it
+            for file in sorted(Path(folder).iterdir(), reverse=True):
+                os.replace(file, path.with_name(file.name))
     except OSError as error:
         raise RequestError(f"{path}: can't be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
-# --- preprocessing, from and to other forms -------------------------------------------------------
-
-# What test_config.py and default_preprocess_config.py call some fields of Preprocessing.
-CONFIG_NAMES = {
-    "width": "frame_width",
-    "height": "frame_height",
-    "initial_width": "rsz_width",
-    "initial_height": "rsz_height",
-}
-
-
-def read_config(texts):
-    """{field: value} of Preprocessing from the texts of a config: {"rsz_width": "256", ...}."""
-    return parse_preprocessing(texts, "--", CONFIG_NAMES)
+def copy_beside(source, path):
+    """Copy a file to where `path` is, without replacing another one; return the copy's name."""
+    content = Path(source).read_bytes()
+    target = path.with_name(Path(source).name)
+    if target.exists() and target.read_bytes() != content:
+        target = path.with_name(f"{path.stem}_{target.name}")
+    with whole_file(target) as part:
+        part.write_bytes(content)
+    return target.name
 
 
-def to_entry(preprocessing):
-    """{key: value} of an entry of models.yml."""
-    return {k: v for k, v in dataclasses.asdict(preprocessing).items() if v not in (None, ())}
+def write_entry(converted, preprocessing, classes, made_from):
+    """Write the entry of a converted file into the models.yml beside it.
 
-
-def to_options(preprocessing):
-    """The preprocessing as a command line for classification.py."""
-    options = []
-    for name, value in to_entry(preprocessing).items():
-        options += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
-    return options
-
-
-# --- models.yml -----------------------------------------------------------------------------------
-
-
-def get_alias(name):
-    """The name as file names and cv2.FileStorage take it: my_module:build -> my_module-build"""
-    name = re.sub(r"[^\x00-\x7f]", lambda letter: f"u{ord(letter.group()):x}", name)
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
-    return name if name[:1].isalpha() or name.startswith("_") else f"_{name}"
-
-
-def is_default_wrong(engines):
-    """Whether readNetFromONNX takes an engine by default that isn't among these."""
-    return "new" in available(ENGINES) and "new" not in engines
-
-
-def add_to_zoo(alias, converted, preprocessing, classes):
-    """Write the entry that classification.py needs into the models.yml beside the file.
-
-    In the form of the models.yml of OpenCV's samples. Other entries stay as they are, letter for
-    letter. classes: the file of the class names, or None; it is copied beside the model, so that
-    you can move the folder.
-    The entry is called `alias`, and also like the file; random weights don't take the alias from
-    trained ones.
+    It has what classification.py needs, in the form of OpenCV's samples, and what
+    conversion.find_converted asks for. Other entries stay as they are, letter for letter.
+    classes: the file of the class names, or None; it is copied beside the model, so that you can
+    move the folder. made_from: SHA-256 of the request and the options of the entry.
     """
-    onnx_path, engines = converted.path, converted.engines
-    path = onnx_path.parent / ZOO_NAME
-    random = onnx_path.stem.endswith(RANDOM_SUFFIX)
-    new = {"load_info": converted.load_info or get_load_info(onnx_path), "model": onnx_path.name}
-    new |= to_entry(preprocessing) | {"engine": engines[0], "sample": ZOO_SAMPLE}
-    new |= {"weights": RANDOM} if random else {}
+    path, name = converted.path.with_name(ZOO_NAME), converted.path.stem
+    entry = {"load_info": converted.load_info, "model": converted.path.name}
+    fields = dataclasses.asdict(preprocessing)
+    entry |= {key: value for key, value in fields.items() if value not in (None, ())}
+    entry |= {"engine": converted.engines[0], "engines": converted.engines}
+    entry |= {"outputs": converted.outputs, "sample": ZOO_SAMPLE}
+    entry |= {"made_from": {"file": converted.made_from, "entry": made_from}}
+    if name.endswith(RANDOM_SUFFIX):
+        entry["weights"] = RANDOM
     if classes:  # OpenCV 5's own samples read labels, older ones classes
-        name = copy_classes(classes, onnx_path)
-        new |= {"classes": name, "labels": name}
-    entries = read_zoo(path) if path.exists() else {}
-    holder = entries.get(alias)
-    if random and isinstance(holder, dict) and holder.get("weights") != RANDOM:
-        alias = onnx_path.stem
+        entry["classes"] = entry["labels"] = copy_beside(classes, converted.path)
     text = path.read_text("utf-8") if path.exists() else "%YAML:1.0\n---\n"
     text = re.sub(r"^\.\.\.\s*\Z", "", text, flags=re.M)  # nothing may follow YAML's end mark
-    lines = "".join(f"  {key}: {to_yaml(value)}\n" for key, value in new.items())
-    if is_default_wrong(engines):
-        lines = f"  # right with ENGINE_CLASSIC only, which isn't OpenCV's default\n{lines}"
-    for name in dict.fromkeys((alias, onnx_path.stem)):
-        # the older entry ends before the next line that isn't indented
-        text = re.sub(rf"^{re.escape(name)} *:.*\n?(?:[ \t].*\n?|\n)*", "", text, flags=re.M)
-        text = f"{text.rstrip()}\n{name}:\n{lines}"
+    # the older entry ends before the next line that isn't indented
+    text = re.sub(rf"^{re.escape(name)} *:.*\n?(?:[ \t].*\n?|\n)*", "", text, flags=re.M)
+    lines = "".join(f"  {key}: {to_yaml(value)}\n" for key, value in entry.items())
     with whole_file(path) as part:
-        part.write_text(text, "utf-8")
+        part.write_text(f"{text.rstrip()}\n{name}:\n{lines}", "utf-8")
         read_zoo(part)
-    before, after = entries.get(alias) or {}, read_zoo(path)[alias]
-    changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-    note = f" (changed: {', '.join(changed)})" if before and changed else ""
-    print(f"{path}: python classification.py {alias}{note}")
+    print(f"{path}: python classification.py {name}")
 
 
 def to_yaml(value):
@@ -175,12 +98,35 @@ def to_yaml(value):
     return json.dumps(value, ensure_ascii=False)
 
 
-def copy_classes(classes, onnx_path):
-    """Copy the file of the class names to where the model is; return the copy's name."""
-    content = Path(classes).read_bytes()
-    target = onnx_path.with_name(Path(classes).name)
-    if target.exists() and target.read_bytes() != content:
-        target = onnx_path.with_name(f"{onnx_path.stem}_{target.name}")
-    with whole_file(target) as part:
-        part.write_bytes(content)
-    return target.name
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes a blob: what classification.get_blob reads, and what an entry says."""
+
+    scale: float
+    mean: tuple  # in the order R G B with rgb, else B G R
+    std: tuple  # () for none
+    rgb: bool
+    crop: bool
+    width: int = 224  # of the blob, px
+    height: int = 224
+    initial_width: int | None = None  # that the picture is resized to first, px
+    initial_height: int | None = None
+
+
+# What test_config.py and default_preprocess_config.py call some fields of Preprocessing.
+TUTORIAL_NAMES = {
+    "frame_width": "width",
+    "frame_height": "height",
+    "rsz_width": "initial_width",
+    "rsz_height": "initial_height",
+}
+
+
+def read_tutorial(values):
+    """{field: value} of Preprocessing from the tutorial's {name: value}; None is left out."""
+    named = {TUTORIAL_NAMES.get(name, name): value for name, value in values.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in named.items()
+        if name in Preprocessing.__dataclass_fields__ and value is not None
+    }

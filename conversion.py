@@ -1,7 +1,7 @@
-"""A PyTorch network in, a verified ONNX file out.
+"""A PyTorch network in, a verified ONNX file and its entry in models.yml out.
 
 Export, rewrite around OpenCV's faults, compare the answer on each engine: only a file that is right
-is kept. It remembers what it was made from, so that a second conversion takes milliseconds and
+is kept. Its entry says what it was made from, so that a second conversion takes milliseconds and
 doesn't import torch.
 """
 
@@ -13,35 +13,30 @@ import io
 import json
 import logging
 import os
-import platform
+import re
 import shutil
-import tempfile
 import traceback
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import cv2
 
-from common import (
+from classification import (
     ENGINES,
     RANDOM_SUFFIX,
-    SCRIPT_DIR,
-    SEED,
     ZOO_NAME,
-    NetworksDisagree,
-    Preprocessing,
     RequestError,
     available,
-    get_alias,
     get_digest,
     get_load_info,
-    is_default_wrong,
     read_zoo,
 )
-from networks import Network, Weights, checkpoints_dir, is_own
-from verify import measure_rounding, verify
+from common import SCRIPT_DIR, NetworksDisagree, whole_file
+from locate import locate
+from test_config import MODELS_DIR
+from verify import verify
 
 # OpenCV 5.0.0, 4.14 and 4.10 all read it, with the same answers.
 OPSET_VERSION = 17
@@ -51,314 +46,237 @@ INPUT_NAME, OUTPUT_NAME = "input", "output"
 
 @dataclass
 class Converted:
-    """A network's file for OpenCV."""
+    """A network's file for OpenCV, as its entry in models.yml describes it."""
 
     path: Path
     engines: list  # OpenCV's engines that give PyTorch's answer with it, the fastest first
-    classes: int  # how many logits it has
-    load_info: dict | None = None  # its hashes, if they are known
+    outputs: int  # how many logits it has
+    load_info: dict  # its hashes
+    made_from: str  # SHA-256 of all that it was made from
 
 
-class BranchesOnInput(RequestError):
-    """The network's code branches on the values of its input."""
+class NotConvertible(RequestError):
+    """The network's code is such that no exporter's file can be right for every picture."""
 
 
-# --- converted before -----------------------------------------------------------------------------
+def get_onnx_path(request):
+    """Where a converted network is kept: all that you ask for is part of its name."""
+    sizes = [str(size) for size in (request.width, request.height) if size]
+    stem = "-".join([get_alias(request.name), *dict.fromkeys(sizes)])
+    if request.is_random:
+        stem += RANDOM_SUFFIX
+    elif request.weights:
+        stem += f"-{get_alias(Path(request.weights).stem)}"
+        stem += f"-{get_alias(request.weights_key)}" if request.weights_key else ""
+        stem += "-weights" if stem.endswith(RANDOM_SUFFIX) else ""  # a file called random.pth
+    return Path(MODELS_DIR) / f"{stem}.onnx"
 
 
-def find_network(name, weights, models_dir):
-    """The Network as the metadata of its converted file describe it, without its module.
+def get_alias(name):
+    """The name as file names and cv2.FileStorage take it: my_module:build -> my_module-build"""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    return name if name[:1].isalpha() or name.startswith("_") else f"_{name}"
 
-    None if the file is missing, or was made from other weights or with other versions. Doesn't
-    import torch.
+
+def get_made_from(request, options=None):
+    """SHA-256 of all that a converted file depends on; with `options`, of its entry as well."""
+    about = dataclasses.asdict(request) | {"opencv": cv2.__version__, "options": options}
+    about["weights"] = request.weights.lower()
+    about |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnx")}
+    for name in ("checkpoints", "conversion", "networks", "onnx_rewrites", "verify"):
+        about[f"{name}.py"] = get_digest(SCRIPT_DIR / f"{name}.py", "sha256")
+    if request.is_file:
+        about["weights"] = get_digest(request.weights, "sha256")
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def find_converted(request, options=None):
+    """The Converted file of a request, if its entry in models.yml says so; else None.
+
+    options: what the entry must have been written with; None for any.
     """
-    if is_own(name):  # what the user's code computes is unknown
-        return None
-    # --weights IMAGENET1K_V1 may be the default or not; only torchvision knows
-    for default in (True, False):
-        path = get_onnx_path(name, replace(weights, default=default), models_dir)
-        about = read_metadata(path)
-        try:
-            found = Weights(about["weights_kind"], about["weights"], weights.path)
-            found.sha256, found.default, found.key = about["weights_sha256"], default, weights.key
-            if weights.kind == "torchvision":
-                found.path = checkpoints_dir() / about["weights_file"]
-            preprocessing = json.loads(about["preprocessing"])
-            preprocessing |= {key: tuple(preprocessing[key]) for key in ("mean", "std")}
-            network = Network(name, found, Preprocessing(**preprocessing))
-        except (KeyError, ValueError, TypeError):  # not written by this program, or damaged
-            continue
-        wanted = (weights.kind, weights.name or found.name)
-        if (found.kind, found.name) != wanted or not get_versions().items() <= about.items():
-            continue
-        if found.path and not (
-            found.path.is_file() and get_digest(found.path, "sha256") == found.sha256
-        ):
-            continue
-        return network
-    return None
-
-
-def find_converted(network, path, blob_shape):
-    """The Converted file at `path` if it was made from this network for such blobs; else None.
-
-    None as well if it isn't the file that its entry in models.yml was written for.
-    """
-    about = read_metadata(path)
-    if is_own(network.name) or not get_key(network, blob_shape).items() <= about.items():
-        return None
-    engines, classes = about.get("engines", "").split(), about.get("classes", "")
-    if not engines or not set(engines) <= available(ENGINES).keys() or not classes.isdecimal():
-        return None  # damaged
+    if request.is_own and os.environ.get("LOCAL_RANK", "0") == "0":
+        return None  # what your code computes is unknown, unless torchrun's first process ran it
+    path = get_onnx_path(request)
     zoo = path.with_name(ZOO_NAME)
     entry = read_zoo(zoo).get(path.stem) if zoo.exists() else None
-    load_info = get_load_info(path) if isinstance(entry, dict) else {}
-    if not load_info or entry.get("load_info") != load_info:
-        return None  # changed since
-    print(f"{path}: converted and verified before, from these weights and versions")
-    return Converted(path, engines, int(classes), load_info)
-
-
-def get_onnx_path(name, weights, models_dir):
-    """Where a converted network is kept; all but the default weights are part of its name."""
-    stem = get_alias(name)
-    if weights.kind == "random":
-        stem += RANDOM_SUFFIX
-    elif weights.kind == "file" or (weights.kind == "torchvision" and not weights.default):
-        stem += f"-{get_alias(Path(weights.name).stem)}"
-        stem += f"-{get_alias(weights.key)}" if weights.key else ""
-        stem += "-weights" if stem.endswith(RANDOM_SUFFIX) else ""  # a file called random.pth
-    return Path(models_dir) / f"{stem}.onnx"
-
-
-def get_versions():
-    """The versions that a converted file depends on: random weights and rewrites are our own."""
-    packages = ("torch", "torchvision", "onnx")
-    scripts = ("networks.py", "onnx_rewrites.py")
-    return {name: importlib.metadata.version(name) for name in packages} | {
-        "opencv": cv2.__version__,
-        "opset": str(OPSET_VERSION),
-        "scripts": " ".join(get_digest(SCRIPT_DIR / name, "sha1") for name in scripts),
-    }
-
-
-def get_key(network, blob_shape):
-    """All that a converted file depends on, as metadata: {name: text}."""
-    return get_versions() | {
-        "network": network.name,
-        "weights": network.weights.name,
-        "weights_kind": network.weights.kind,
-        "weights_key": network.weights.key,
-        "weights_sha256": network.weights.sha256,
-        "seed": str(SEED),
-        "input": "x".join(map(str, blob_shape[1:])),
-    }
-
-
-def read_metadata(path):
-    """{name: text} of a file's metadata; {} if it has none, or isn't a complete ONNX file."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
     try:
-        proto = onnx.load(path, format="protobuf", load_external_data=False)
-    except (FileNotFoundError, DecodeError):
-        return {}
-    return {p.key: p.value for p in proto.metadata_props}
+        made_from, engines, outputs = entry["made_from"], entry["engines"], entry["outputs"]
+        converted = Converted(path, engines, outputs, entry["load_info"], made_from["file"])
+        wanted = {"file": get_made_from(request)}
+        wanted["entry"] = get_made_from(request, options) if options else made_from["entry"]
+        damaged = not engines or not {*engines} <= available(ENGINES).keys() or not outputs > 0
+    except (KeyError, TypeError):  # there is none, or it lacks a key
+        return None
+    if damaged or wanted != made_from or converted.load_info != get_load_info(path):
+        return None
+    print(f"{path}: converted and verified before, from these weights and versions")
+    return converted
 
 
-def hash_graph(path):
-    """SHA-256 of an ONNX file without its metadata, and of the .data beside it."""
-    import onnx
-
-    proto = onnx.load(path, load_external_data=False)
-    del proto.metadata_props[:]
-    digest = hashlib.sha256(proto.SerializeToString())
-    data = Path(f"{path}.data")
-    digest.update(get_digest(data, "sha256").encode() if data.exists() else b"")
-    return digest.hexdigest()
-
-
-# --- conversion -----------------------------------------------------------------------------------
-
-
-def convert(network, onnx_path, references):
-    """Write `network` to `onnx_path`, verified; return the Converted.
+def convert(network, references, allow_branches=False):
+    """Write the network's file, verified; return the Converted.
 
     references: verify.get_references of the network, which OpenCV's answers are compared with.
     Raises NetworksDisagree if OpenCV doesn't give PyTorch's answer, and RequestError if the network
     can't be exported. A file that was there before stays until the new one is verified.
     """
+    path = get_onnx_path(network.request)
     _, sample_blob, logits = references[0]  # the picture's
+    older = ", in the place of another file" if path.exists() else ""
     failures = []
-    for export in (export_by_torchscript, export_by_dynamo):
-        with folder_beside(onnx_path) as folder:
-            part = folder / onnx_path.name
+    with whole_file(path) as part:
+        for dynamo in (False, True):
             print(f"exporting {network.name} ...", flush=True)
             try:
-                export(network.model, part, sample_blob.shape)
+                warned = export(network.model, part, sample_blob.shape, dynamo)
+                check_branches(network.model, sample_blob.shape, warned, allow_branches)
                 rewrite(part)
-                engines = verify(part, references)
-            except BranchesOnInput:
+                engines = check(part, references)
+                break
+            except NotConvertible:
                 raise
             except RequestError as error:
+                print(error, flush=True)
                 failures.append(error)
-                continue
-            converted = Converted(onnx_path, engines, logits.shape[1])
-            add_metadata(part, network, converted, sample_blob.shape)
-            replace_model(onnx_path, part, network)
-        print(f"{onnx_path}: converted and verified; taking the {engines[0]} engine")
-        if is_default_wrong(engines):
-            print(
-                "NOTE: OpenCV's default engine, which its samples use, isn't right with this file; "
-                f'use cv2.dnn.readNetFromONNX("{onnx_path}", engine=cv2.dnn.ENGINE_CLASSIC)'
-            )
-        return converted
-    reason = " -- ".join(map(str, failures))
-    if not any(isinstance(error, NetworksDisagree) for error in failures):
-        raise RequestError(reason)
-    rounding = measure_rounding(network.model, references)
-    raise NetworksDisagree(f"{reason} -- PyTorch's float32 and float64 differ by {rounding:.1e}")
+        else:
+            wrong = [error for error in failures if isinstance(error, NetworksDisagree)]
+            raise (wrong or failures)[0]
+        hashes = get_load_info(part), get_made_from(network.request)
+        converted = Converted(path, engines, logits.shape[1], *hashes)
+    if "data_sha1" not in converted.load_info:
+        Path(f"{path}.data").unlink(missing_ok=True)  # an older file's
+    print(f"{path}: converted and verified{older}; taking the {engines[0]} engine")
+    if "new" not in engines:
+        print("NOTE: use cv2.dnn.ENGINE_CLASSIC with this file: OpenCV's default engine is wrong")
+    return converted
+
+
+def export(model, path, blob_shape, dynamo):
+    """Export to ONNX for any batch size, with PyTorch's TorchScript exporter or the new one.
+
+    TorchScript's is deprecated since PyTorch 2.9, but several times faster, and OpenCV 5.0.0 reads
+    its graphs with fewer rewrites. The new one, dynamo, knows operators that TorchScript's lacks.
+    Returns the lines of code about which the tracer warns. Raises RequestError if it fails.
+    """
+    import torch
+
+    size = blob_shape[1:]
+    if dynamo:
+        # a batch of 1 would be taken for a constant
+        options = {"args": (torch.zeros(2, *size),), "verbose": False}
+        options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
+    else:
+        options = {"args": (torch.zeros(1, *size),), "opset_version": OPSET_VERSION}
+        options["dynamic_axes"] = {INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}}
+    options |= {"f": str(path), "input_names": [INPUT_NAME], "output_names": [OUTPUT_NAME]}
+    try:
+        with quiet() as warned:
+            torch.onnx.export(model, dynamo=dynamo, **options)
+    except (Exception, SystemExit) as error:  # whatever the exporter or the network's code raises
+        exporter = "PyTorch's new exporter" if dynamo else "PyTorch's TorchScript exporter"
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:100]
+        raise RequestError(
+            f"{exporter} can't export the network for {size[2]}x{size[1]} pictures: "
+            f"{type(error).__name__}: {reason}"
+        ) from None
+    return warned
 
 
 @contextlib.contextmanager
-def folder_beside(path):
-    """A temporary folder beside `path`; RequestError if nothing can be written there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path.parent)
-        prefix = f".{path.stem}.{platform.node()}.{os.getpid()}."
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder:
-            yield Path(folder)
-    except OSError as error:
-        raise RequestError(f"{path}: can't be written: {error.strerror or error}") from None
-
-
-def remove_abandoned(parent):
-    """Remove the temporary folders of this machine's conversions that were killed."""
-    if os.name != "posix":  # elsewhere os.kill(pid, 0) kills the process instead of probing it
-        return
-    for folder in parent.glob(f".*.{platform.node()}.*.*"):
-        pid = folder.name.split(".")[-2]
-        try:
-            os.kill(int(pid) if pid.isdecimal() else 0, 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:  # another user's
-            continue
-
-
-def export_by_torchscript(model, path, blob_shape):
-    """Export to ONNX for any batch size, by the exporter OpenCV's importer was developed against.
-
-    Deprecated since PyTorch 2.9, but several times faster than the new one, and OpenCV 5.0.0
-    reads its graphs with fewer rewrites. Raises RequestError if it can't, or if the network
-    branches on its input.
-    """
+def quiet():
+    """Keep the exporters' output off the terminal; yield the lines of code the tracer warns of."""
     import torch
+
+    warned = []
+
+    def show(message, category, *_):
+        if issubclass(category, torch.jit.TracerWarning):
+            warned.append(find_line(traceback.extract_stack()))
 
     # A failing export prints pages of its graph, because setup_onnx_logging switches that on
     # whether it was on or not (seen with PyTorch 2.14 and 2.15): so disarm the switch.
     with (
-        translate_errors("PyTorch's TorchScript exporter", blob_shape) as caught,
+        warnings.catch_warnings(),
         mock.patch("torch._C._jit_set_onnx_log_enabled"),
+        contextlib.redirect_stderr(io.StringIO()),
     ):
-        torch.onnx.export(
-            model,
-            torch.zeros(1, *blob_shape[1:]),
-            str(path),
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
-            dynamic_axes={INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}},
-            opset_version=OPSET_VERSION,
-            dynamo=False,
-        )
-    if any(issubclass(warning.category, torch.jit.TracerWarning) for warning in caught):
-        check_branches(model, blob_shape)
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        logging.disable(logging.CRITICAL)
+        try:
+            yield warned
+        finally:
+            logging.disable(logging.NOTSET)
 
 
-def check_branches(model, blob_shape):
-    """Raise RequestError if the network's code branches on the values of its input.
+def find_line(frames):
+    """Your code's line in a stack: that of the last frame that isn't PyTorch's or ours."""
+    import torch
+
+    others = (os.path.join(os.path.dirname(torch.__file__), ""), warnings.__file__, __file__)
+    yours = [frame for frame in frames if not frame.filename.startswith(others)]
+    frame = (yours or frames)[-1]
+    return f"{frame.filename}, line {frame.lineno}: {frame.line}"
+
+
+def check_branches(model, blob_shape, warned, allow_branches=False):
+    """Raise NotConvertible if the network's code branches on the values of its input.
 
     Tracing keeps the one branch that it sees, and the file is silently wrong for pictures that
     take the other. The tracer also warns about branches on shapes (ViT, Swin), which are harmless;
-    torch.export tells the two apart.
+    torch.export tells the two apart, if it can run the network; if not, it is a RequestError, and
+    the new exporter may do better. warned: from `export`.
     """
     import torch
+    from torch._subclasses.fake_tensor import DataDependentOutputException
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    batch = torch.zeros(2, *blob_shape[1:])
-    shapes = ({0: torch.export.Dim("batch")},)
+    batch, shapes = torch.zeros(2, *blob_shape[1:]), ({0: torch.export.Dim("batch")},)
     try:
-        with (
-            translate_errors("torch.export", blob_shape),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+        with quiet():
             torch.export.export(model, (batch,), dynamic_shapes=shapes, strict=False)
-    except RequestError as error:
-        cause = error.__context__
-        while cause is not None and not isinstance(cause, GuardOnDataDependentSymNode):
-            cause = cause.__context__
-        if cause is None:  # it can't be exported like this, which proves nothing
-            return
-        torch_folder = os.path.join(os.path.dirname(torch.__file__), "")
-        frames = traceback.extract_tb(cause.__traceback__)
-        frame = [f for f in frames if not f.filename.startswith((torch_folder, __file__))][-1]
-        raise BranchesOnInput(
-            f"the network branches on its input ({frame.filename}, line {frame.lineno}: "
-            f"{frame.line}), and a converted network can't branch: use torch.where instead"
-        ) from None
-
-
-def export_by_dynamo(model, path, blob_shape):
-    """Export with PyTorch's new exporter, which knows operators that TorchScript's lacks."""
-    import torch
-
-    with translate_errors("PyTorch's new exporter", blob_shape):
-        torch.onnx.export(
-            model,
-            (torch.zeros(2, *blob_shape[1:]),),  # a batch of 1 would be taken for a constant
-            str(path),
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            verbose=False,
+        return
+    except (Exception, SystemExit) as error:
+        cause = error
+    while cause is not None:
+        if isinstance(cause, (GuardOnDataDependentSymNode, DataDependentOutputException)):
+            line = find_line(traceback.extract_tb(cause.__traceback__))
+            raise NotConvertible(
+                f"the network branches on its input ({line}), and a converted network can't: use "
+                "torch.where instead"
+            )
+        cause = cause.__context__
+    if warned and not allow_branches:
+        raise RequestError(
+            f"the network may branch on its input ({warned[0]}), and its file would answer "
+            "differently on pictures that take another branch; --allow_branches True converts it"
         )
-
-
-@contextlib.contextmanager
-def translate_errors(exporter, blob_shape):
-    """Turn whatever an exporter raises into RequestError; yield the list of its warnings.
-
-    The file is verified afterwards, so any exception will do.
-    """
-    height, width = blob_shape[2:]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        logging.disable(logging.CRITICAL)  # pages of graphs
-        try:
-            yield caught
-        except (Exception, SystemExit) as error:  # SystemExit: from the network's own code
-            reason = str(error).strip().split("\n")[0].split(". ")[0][:160]
-            raise RequestError(
-                f"{exporter} can't export the network for {width}x{height} pictures: "
-                f"{type(error).__name__}: {reason}"
-            ) from None
-        finally:
-            logging.disable(logging.NOTSET)
 
 
 def rewrite(path):
     """Put the exported graph into a form that OpenCV reads correctly.
 
     protobuf holds at most 2 GB: the weights of a larger network go to a second file, PATH.data.
+    Raises RequestError if the graph has branches, or takes batches of one size only.
     """
     import onnx
 
     from onnx_rewrites import make_readable
 
     proto = onnx.load(path)
+    branches = {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan"}
+    if branches:
+        raise RequestError(
+            f"the exported graph branches ({', '.join(branches)}: is it scripted?), and OpenCV's "
+            "answer is verified on one side only: use torch.where instead"
+        )
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        if not value.type.tensor_type.shape.dim[0].dim_param:
+            raise NotConvertible(
+                "the exported graph takes batches of one size only: does forward loop over the "
+                "pictures of a batch?"
+            )
     make_readable(proto)
     data = Path(f"{path}.data")
     data.unlink(missing_ok=True)  # the new exporter's own
@@ -369,29 +287,19 @@ def rewrite(path):
         shutil.copymode(path, data)
 
 
-def add_metadata(path, network, converted, blob_shape):
-    """Write into an ONNX file what it was made from, for find_network and find_converted."""
-    import onnx
+def check(path, references):
+    """OpenCV's engines that are right, the fastest first; NetworksDisagree if none is.
 
-    about = get_key(network, blob_shape) | {
-        "weights_file": network.weights.path.name if network.weights.path else "",
-        "preprocessing": json.dumps(dataclasses.asdict(network.preprocessing)),
-        "engines": " ".join(converted.engines),
-        "classes": str(converted.classes),
-    }
-    proto = onnx.ModelProto()
-    onnx.helper.set_model_props(proto, about)
-    with open(path, "ab") as file:  # protobuf parses appended bytes as part of the message
-        file.write(proto.SerializeToString())
-
-
-def replace_model(onnx_path, part, network):
-    """Move the verified file to its name, with its .data; say if it replaces other weights."""
-    before = read_metadata(onnx_path).get("weights_sha256", network.weights.sha256)
-    if before != network.weights.sha256:
-        print(f"{onnx_path}: replaces a network with other weights of this name")
-    data_path = Path(f"{onnx_path}.data")
-    data_path.unlink(missing_ok=True)  # an older file's
-    for path in (data_path, onnx_path):
-        if (part.parent / path.name).exists():
-            os.replace(part.parent / path.name, path)
+    Prints where the others go wrong.
+    """
+    engines, failures = verify(path, references)
+    for engine, reason in failures.items():
+        print(f"first wrong node, {engine} engine: ", end="", flush=True)  # it can take seconds
+        where = locate(path, engine, references)
+        print(where, flush=True)
+        node = where if where.startswith(("none", "unknown")) else where.partition(": ")[0]
+        failures[engine] = f"{engine} engine: {reason}; first wrong node: {node}"
+    if not engines:
+        reason = next(iter(failures.values()))
+        raise NetworksDisagree(f"OpenCV {cv2.__version__} doesn't give PyTorch's answer, {reason}")
+    return engines

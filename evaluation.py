@@ -1,65 +1,82 @@
 """The evaluation of both networks over labelled pictures, for py_to_py_cls.py.
 
-Accuracy, inference time and how far the answers are apart, batch by batch; nothing that was
-evaluated is lost, and torchrun's processes share the batches.
+Its result is a table with a row for each picture, logs/NAME_pictures.csv, and all figures come from
+it. The rows are written while it runs: nothing that was evaluated is lost, and torchrun's processes
+share the work.
 """
 
 import contextlib
+import csv
 import ctypes
-import dataclasses
 import datetime
-import glob
 import hashlib
 import json
 import os
-import platform
 import sys
 import time
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common import (
+from classification import (
     PICTURE_SUFFIXES,
-    SEED,
-    NetworksDisagree,
+    RANDOM,
     RequestError,
-    find_bundled,
+    fit_labels,
     get_blob,
     read_lines,
     read_onnx,
     read_picture,
-    whole_file,
 )
-from conversion import get_key, hash_graph
-from networks import get_torchvision_weights, get_transforms, is_own, run_pytorch
-from test_config import CLS_TEST_DATA_DIR, IMAGENET_VAL_DIR, LOGS_DIR
-from verify import MAX_RELATIVE_ERROR, Difference, compare, run_opencv
+from common import SEED, NetworksDisagree, find_bundled, whole_file
+from networks import run_pytorch
+from test_config import CLS_TEST_DATA_DIR, IMAGENET_VAL_DIR, LOGS_DIR, TestClsModuleConfig
+from verify import MAX_RELATIVE_ERROR, Difference, run_opencv, time_pass
 
-NETWORKS = ("PyTorch", f"OpenCV {cv2.__version__}")
+# The prefixes of their columns in the table, and their names.
+NETWORKS = {"pytorch": "PyTorch", "opencv": f"OpenCV {cv2.__version__}"}
 
 ROLL_CALL = 10  # batches between checks that all processes are alive
 MAX_SKIPPED = 0.01  # of the pictures: over that, an evaluation ends with exit code 1
-
-
-# The rows of the summary: the keys of each network's figures.
-ROWS = {
-    "top-1 accuracy, %": "top1",
-    "top-5 accuracy, %": "top5",
-    "ms per picture, mean": "ms_mean",
-    "ms per picture, median": "ms_median",
-    "ms per picture, 95th percentile": "ms_p95",
-}
+SHOWN = 10  # pictures that the summary lists; the table has all
 
 
 class TooManySkipped(RequestError):
     """Too many pictures can't be read: the figures are those of another set."""
 
     exit_code = 1
+
+
+class Row(NamedTuple):
+    """A picture in the table; None, an empty cell, is unknown."""
+
+    number: int  # from 0, in the order of the labels
+    picture: str  # its path from the folder of the pictures
+    label: int
+    pytorch_class: int = None
+    opencv_class: int = None
+    pytorch_rank: int = None  # of the label; 1: the network names it
+    opencv_rank: int = None
+    pytorch_probability: float = None  # softmax, of the class that the network names
+    opencv_probability: float = None
+    l1: float = None  # mean |a - b| of the logits
+    l_inf: float = None  # max |a - b|
+    peak: float = None  # max |a|, of PyTorch's
+    pytorch_ms: float = None  # the batch's time per picture
+    opencv_ms: float = None
+    batch: int = None  # from 0
+    warm_up: bool = None  # whether the batch is the first of a process, which is slower
+    skipped: str = None  # why the picture can't be read
 
 
 # --- the labelled pictures ------------------------------------------------------------------------
@@ -69,115 +86,133 @@ class TooManySkipped(RequestError):
 class Data:
     """The labelled pictures of an evaluation."""
 
-    pictures: list  # (path, class ID)
+    pictures: list  # (path from the root, class ID)
     root: str  # their folder
-    bundled: bool  # whether they come with this project
+    bundled: bool = False  # whether they come with this project
+    folders: list = ()  # the names of the class folders, if their order makes them classes 0, 1 ...
 
 
-def get_data(config, named_root, named_labels):
-    """The Data of a TestClsConfig, from a label file or from class folders.
+def get_data(config, named_root, named_labels, class_names):
+    """The Data of a TestClsConfig, from class folders or a label file.
 
-    named_root, named_labels: whether the user named the folder, the label file. The bundled
-    pictures stand in only for the tutorial's own folder, and only if the user named nothing.
+    named_root, named_labels: whether the user named the folder, the label file; if neither, the
+    bundled pictures stand in for the tutorial's folder. class_names: lines of --classes, or None.
     """
-    root, label_file = config.img_root_dir, config.img_cls_file
+    root = config.img_root_dir
     if not named_root and not named_labels and not Path(root).exists():
         root = find_bundled(CLS_TEST_DATA_DIR)
         print(f"no {IMAGENET_VAL_DIR} here: evaluating on the bundled pictures")
-        return Data(read_val_file(os.path.join(root, "val.txt"), root), root, True)
+        return Data(read_val_file(os.path.join(root, "val.txt"), root), root, bundled=True)
     if not Path(root).is_dir():
-        raise RequestError(
-            f"{root}: no such folder; --img_root_dir takes the folder of the pictures"
-        )
-    if not named_labels and not any(map(is_picture_name, os.listdir(root))):
-        return Data(read_class_folders(root), root, False)
-    return Data(read_val_file(label_file, root), root, False)
-
-
-def is_picture_name(name):
-    return name.lower().endswith(PICTURE_SUFFIXES)
-
-
-def read_class_folders(root):
-    """[(path, class ID)] from one folder per class; sorted, they are the classes 0, 1, 2 ...
-
-    The layout of torchvision.datasets.ImageFolder: pictures may be deeper inside.
-    """
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    classes = [name for name in names if not name.startswith(".")]
-    if len(classes) < len(names):
-        print(f"{root}: skipping hidden folders, {', '.join(sorted({*names} - {*classes}))}")
-    pictures = []
-    real_root = os.path.realpath(root)
-    seen = {os.path.realpath(os.path.join(root, name)) for name in classes}
-    for class_id, name in enumerate(classes):
-        top = os.path.join(root, name)
-        for folder, subfolders, files in os.walk(top, followlinks=True):
-            real = os.path.realpath(folder)
-            # a link to a folder that was visited, or to one above: its pictures count once
-            if folder != top and (real in seen or os.path.commonpath([real, real_root]) == real):
-                subfolders.clear()
-                continue
-            seen.add(real)
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            pictures += [
-                (os.path.join(folder, f), class_id) for f in sorted(files) if is_picture_name(f)
-            ]
-    if not pictures:
-        raise RequestError(f"{root}: no pictures and no folders of pictures in it")
+        raise RequestError(f"--img_root_dir {root}: no such folder")
+    folders = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
+    found = [find_pictures(root, name) for name in folders]
+    if not named_labels and not any(found) and not os.path.isfile(config.img_cls_file):
+        raise RequestError(f"{root}: no pictures in folders in it, and no {config.img_cls_file}")
+    if named_labels or not any(found):
+        return Data(read_val_file(config.img_cls_file, root), root)
+    named = get_class_ids(folders, class_names)
+    class_ids = named or range(len(folders))  # check_evaluation wants all classes then
+    pictures = [(name, c) for c, names in zip(class_ids, found, strict=True) for name in names]
     print(
-        f"{root}: {len(pictures)} pictures in {len(classes)} classes: folder {classes[0]} is class "
-        f"0, ..., {classes[-1]} is class {len(classes) - 1}"
+        f"{root}: {len(pictures)} pictures in {len(folders)} classes: folder {folders[0]} is class "
+        f"{class_ids[0]}, ..., {folders[-1]} is class {class_ids[-1]}"
     )
+    return Data(pictures, root, folders=() if named else folders)
+
+
+def find_pictures(root, name):
+    """The pictures in a class folder and its subfolders, without hidden ones and links."""
+    pictures = []
+    for folder, subfolders, files in os.walk(os.path.join(root, name)):
+        subfolders[:] = sorted(subfolder for subfolder in subfolders if subfolder[0] != ".")
+        files = sorted(file for file in files if file.lower().endswith(PICTURE_SUFFIXES))
+        pictures += [os.path.relpath(os.path.join(folder, file), root) for file in files]
     return pictures
+
+
+def get_class_ids(folders, class_names):
+    """The class IDs if all folders are named by numbers, or lines (first words) of --classes."""
+    if all(name.isascii() and name.isdecimal() for name in folders):
+        return [int(name) for name in folders]
+    lines = [line.strip() for line in class_names or []]
+    for known in (lines, [line.partition(" ")[0] for line in lines]):
+        if all(known.count(name) == 1 for name in folders):
+            return [known.index(name) for name in folders]
+    return None
 
 
 def read_val_file(path, root):
-    """[(path of the picture, class ID)] from a file like ImageNet's val.txt: lines of "name ID"."""
-    lines = read_lines(path)
-    pictures = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    """[(name of a picture, class ID)] from a file like ImageNet's val.txt: lines of "name ID"."""
+    lines = [(number, line) for number, line in enumerate(read_lines(path), 1) if line.strip()]
+    found = {}  # {name: (class ID, number of the line)}
+    for number, line in lines:
         *name, label = line.rsplit(maxsplit=1)
         if not name or not (label.isascii() and label.isdecimal() and len(label) < 10):
             raise RequestError(f"{path}, line {number}: '{line[:60]}' is not 'name class-ID'")
-        pictures.append((os.path.join(root, name[0]), int(label)))
-    if not pictures:
+        name = os.path.normpath(name[0])
+        class_id, first = found.setdefault(name, (int(label), number))
+        if class_id != int(label):
+            raise RequestError(
+                f"{path}: {name} is class {class_id} in line {first}, and {label} in line {number}"
+            )
+    if len(found) < len(lines):
+        print(f"NOTE: {path}: {len(lines) - len(found)} lines repeat others, and count once")
+    if not found:
         raise RequestError(f"{path}: no pictures in it; it takes lines of 'name class-ID'")
-    return pictures
+    missing = [name for name in found if not os.path.isfile(os.path.join(root, name))]
+    if len(missing) > MAX_SKIPPED * len(found):
+        raise RequestError(
+            f"{path}: of {len(found)} pictures, {len(missing)} don't exist in {root}: "
+            f"{', '.join(missing[:1])}; it takes lines of 'name class-ID'"
+        )
+    return [(name, class_id) for name, (class_id, _) in found.items()]
 
 
-def check_class_ids(pictures, classes):
-    """Raise RequestError if a label isn't one of the network's `classes`."""
-    for path, class_id in pictures:
+def check_evaluation(network, preprocessing, data, outputs, args):
+    """Raise RequestError for an evaluation that is impossible, or whose figures mean nothing."""
+    p, classes = preprocessing, max(outputs, 2)  # a single logit tells class 0 from class 1
+    if data.bundled and classes != 1000:
+        raise RequestError(
+            f"the bundled pictures are of ImageNet's 1000 classes, and the network has {classes}: "
+            "give --img_root_dir, --test True or --evaluate False"
+        )
+    if data.folders and len(data.folders) != classes:
+        raise RequestError(
+            f"{data.root}: {len(data.folders)} class folders for {classes} classes: name them by "
+            "class IDs or by lines of a --classes file, or have one for each class"
+        )
+    for name, class_id in data.pictures:
         if class_id >= classes:
             raise RequestError(
-                f"{path} has class ID {class_id}, but the network's {classes} classes are "
-                f"0 to {classes - 1}; give its own pictures with --img_root_dir, and their labels"
+                f"{name} has class ID {class_id}, but the network's classes are 0 to {classes - 1}"
             )
+    get_class_names(data, outputs, args)
+    if args.preprocess == "tutorial":
+        if p.initial_width < p.width or p.initial_height < p.height:
+            raise RequestError(f"--rsz_width or --rsz_height is less than --frame_size {p.width}")
+        return
+    if network.transforms is None:
+        raise RequestError("--preprocess torchvision is for torchvision's networks: leave it out")
+    fields = attrgetter("scale", "mean", "std", "initial_width", "initial_height")
+    same = np.allclose(np.hstack(fields(p)), np.hstack(fields(network.preprocessing)))
+    (cut,) = network.transforms.crop_size
+    if not same or cut != p.width or args.bgr_to_rgb is False:
+        raise RequestError(
+            f"--preprocess torchvision cuts out {cut} pixels, in RGB, with the weights' mean and "
+            "std: leave out the options that say otherwise"
+        )
 
 
-def get_data_fingerprint(pictures, root):
-    """SHA-256 over the pictures' names, sizes and labels, and one over when they were changed.
-
-    The first tells a copy of a data set from another set, the second whether it was touched since.
-    The pictures themselves aren't read: that would take as long as decoding them.
-    """
-    data, times = hashlib.sha256(), hashlib.sha256()
-    for path, class_id in pictures:
-        name = os.path.relpath(path, root)
-        size = times_ns = None
-        if os.path.isfile(path):
-            status = os.stat(path)
-            # st_ctime_ns: nobody can set it back, as cp --preserve does with the time of change
-            size, times_ns = status.st_size, (status.st_mtime_ns, status.st_ctime_ns)
-        data.update(f"{name}\n{size}\n{class_id}\n".encode(errors="surrogateescape"))
-        times.update(f"{times_ns}\n".encode())
-    return {"data_sha256": data.hexdigest(), "data_times_sha256": times.hexdigest()}
+def get_class_names(data, outputs, args):
+    """The names of the classes: --classes, the folders', or ImageNet's; [] if none fit."""
+    if data.folders and not args.classes:
+        return data.folders
+    path = args.classes or find_bundled(TestClsModuleConfig.classes)
+    return fit_labels(read_lines(path), args.classes, max(outputs, 2))
 
 
-# --- preprocessing --------------------------------------------------------------------------------
+# --- a batch of pictures, and both networks' answers ----------------------------------------------
 
 
 def get_centre_blob(picture, preprocessing):
@@ -189,7 +224,7 @@ def get_centre_blob(picture, preprocessing):
     picture = cv2.resize(picture.astype(np.float32), (p.initial_width, p.initial_height))
     top, left = (p.initial_height - p.height) // 2, (p.initial_width - p.width) // 2
     centre = picture[top : top + p.height, left : left + p.width]
-    return get_blob(centre, dataclasses.replace(p, initial_width=None, initial_height=None))
+    return get_blob(centre, replace(p, initial_width=None, initial_height=None))
 
 
 def get_torchvision_blob(picture, transforms):
@@ -200,55 +235,24 @@ def get_torchvision_blob(picture, transforms):
     return transforms(torch.from_numpy(rgb).permute(2, 0, 1))[None].numpy()
 
 
-def get_blob_maker(network, preprocessing, how):
-    """(picture -> blob, its description for the key) for --preprocess tutorial or torchvision."""
-    p = preprocessing
-    if how == "torchvision":
-        if is_own(network.name):
-            raise RequestError(
-                "--preprocess torchvision is for torchvision's networks: leave it out, and give "
-                "the preprocessing options"
-            )
-        transforms = get_transforms(network.name, network.weights)
-        if transforms.crop_size != [p.width]:
-            raise RequestError(
-                f"--preprocess torchvision cuts {transforms.crop_size[0]} pixels, and the frame "
-                f"size is {p.width}: leave one of the two options out"
-            )
-        return lambda picture: get_torchvision_blob(picture, transforms), str(transforms)
-    for side in ("width", "height"):
-        resized, cut = getattr(p, f"initial_{side}"), getattr(p, side)
-        if resized is None or resized < cut:
-            raise RequestError(
-                f"--rsz_{side} {resized} is less than --frame_size {cut}, which is cut out of the "
-                "resized picture"
-            )
-    return lambda picture: get_centre_blob(picture, p), repr(p)
-
-
-def read_batch(batch, make_blob, workers, buffer):
-    """(blob, labels, names, skipped) of [(path, class ID)]: blob (pictures, 3, height, width).
+def read_batch(rows, root, make_blob, workers, buffer):
+    """(blob (pictures, 3, height, width), their rows, the rows of pictures that can't be read).
 
     The workers decode one picture each into the rows of `buffer`, which serves every batch: fresh
-    memory would be scattered more and more. What can't be read is skipped, as [path, reason].
+    memory would be scattered more and more.
     """
 
-    def read(row, path):
+    def read(place, row):
         try:
-            buffer[row] = make_blob(read_picture(path))[0]
+            buffer[place] = make_blob(read_picture(os.path.join(root, row.picture)))[0]
         except RequestError as error:
-            return str(error)
-        return None
+            return row._replace(skipped=str(error))
+        return row
 
-    paths = [path for path, _ in batch]
-    reasons = list(workers.map(read, range(len(batch)), paths))
-    rows = [row for row, reason in enumerate(reasons) if reason is None]
-    skipped = [[p, reason] for p, reason in zip(paths, reasons, strict=True) if reason is not None]
-    blob = buffer[: len(batch)] if not skipped else buffer[rows]
-    return blob, [batch[row][1] for row in rows], [paths[row] for row in rows], skipped
-
-
-# --- the two networks -----------------------------------------------------------------------------
+    rows = list(workers.map(read, range(len(rows)), rows))
+    places = [place for place, row in enumerate(rows) if row.skipped is None]
+    blob = buffer[: len(rows)] if len(places) == len(rows) else buffer[places]
+    return blob, [rows[place] for place in places], [row for row in rows if row.skipped]
 
 
 def keep_large_blocks():
@@ -265,297 +269,286 @@ def keep_large_blocks():
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def prepare_pytorch(model):
-    """run(blob) -> logits, in the memory layout in which PyTorch's convolutions are fastest."""
-    import torch
-
-    model.to(memory_format=torch.channels_last)
-    return lambda blob: run_pytorch(model, blob, memory_format=torch.channels_last)
-
-
-def choose_engine(converted, blob, engine):
-    """OpenCV's inference engine: the one asked for, or the fastest of those that are right.
-
-    Each has one pass to warm up and one that counts.
-    """
+def choose_engine(converted, shape, engine):
+    """OpenCV's inference engine: the one asked for, or the fastest of those that are right."""
+    if engine not in ("auto", *converted.engines):
+        raise RequestError(f"--engine {engine} doesn't give PyTorch's answer: leave it out")
     if engine != "auto":
-        if engine not in converted.engines:
-            raise RequestError(
-                f"--engine {engine} doesn't give PyTorch's answer with {converted.path}: leave it "
-                "out"
-            )
         return engine
-    seconds = {}
+    few = min(8, shape[0])
+    blob = np.random.default_rng(SEED).standard_normal((few, *shape[1:]), np.float32)
+    ms = {}
     for name in converted.engines:
         net = read_onnx(converted.path, name)
-        run_opencv(net, blob)
-        start = time.perf_counter()
-        run_opencv(net, blob)
-        seconds[name] = time.perf_counter() - start
-    name = min(seconds, key=seconds.get)
-    timings = ", ".join(f"{n} {s * 1000 / len(blob):.1f} ms" for n, s in seconds.items())
-    print(f"OpenCV's engines: {timings} per picture; taking {name}", flush=True)
-    return name
+        ms[name] = 1000 * time_pass(partial(run_opencv, net, blob)) / few
+    fastest = min(ms, key=ms.get)
+    timings = ", ".join(f"{name} {ms[name]:.1f} ms" for name in ms)
+    print(f"OpenCV's engines: {timings} per picture; taking {fastest}", flush=True)
+    return fastest
 
 
-def evaluate_batch(networks, blob, labels, names):
-    """One record of the evaluation: what a batch adds to the figures.
+def evaluate_batch(networks, blob, rows):
+    """The rows of a blob's pictures with both networks' answers.
 
-    networks: {"PyTorch": run, "OpenCV": run}; labels and names as in `blob`'s rows.
+    networks: {"pytorch": run, "opencv": run}. A single logit z is a binary classifier's: its
+    sigmoid is the softmax of (0, z).
     """
-    logits, record = {}, {"pictures": len(labels)}
-    for network, forward in networks.items():
+    columns, logits = {}, {}
+    labels = np.array([[row.label] for row in rows])
+    for name, forward in networks.items():
         start = time.perf_counter()
-        logits[network] = forward(blob)
-        seconds = time.perf_counter() - start
-        record[network] = {
-            "top1": count_correct(logits[network], labels, 1),
-            "top5": count_correct(logits[network], labels, 5),
-            "ms": seconds * 1000 / len(labels),
-        }
-    record["difference"] = dataclasses.asdict(compare(*logits.values()))
-    classes = [values.argmax(axis=1).tolist() for values in logits.values()]
-    record["disagreements"] = [
-        [name, a, b] for name, a, b in zip(names, *classes, strict=True) if a != b
-    ]
-    return record
-
-
-def count_correct(logits, labels, k):
-    """How many rows of `logits` have their label among the k highest."""
-    best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    return int((best == np.array(labels)[:, None]).any(axis=1).sum())
+        output = forward(blob)
+        ms = 1000 * (time.perf_counter() - start) / len(rows)
+        logits[name] = output.astype(np.float64)
+        scores = np.pad(logits[name], ((0, 0), (1 if output.shape[1] == 1 else 0, 0)))
+        order = np.argsort(-scores, axis=1, kind="stable")
+        highest = scores.max(axis=1, keepdims=True)
+        columns[f"{name}_class"] = order[:, 0]
+        columns[f"{name}_rank"] = 1 + (order == labels).argmax(axis=1)
+        columns[f"{name}_probability"] = 1 / np.exp(scores - highest).sum(axis=1)
+        columns[f"{name}_ms"] = np.full(len(rows), ms)
+    difference = np.abs(logits["pytorch"] - logits["opencv"])
+    columns["l1"], columns["l_inf"] = difference.mean(axis=1), difference.max(axis=1)
+    columns["peak"] = np.abs(logits["pytorch"]).max(axis=1)
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    answers = [dict(zip(columns, value, strict=True)) for value in values]
+    return [row._replace(**answer) for row, answer in zip(rows, answers, strict=True)]
 
 
 # --- nothing lost ---------------------------------------------------------------------------------
 #
-# Each finished batch is a line of JSON in a state file, whose name contains a hash of all that
-# the figures depend on. All figures are computed from these records, in the order of the batches.
-# So a run that was killed and resumed ends with the figures of one that was never stopped, and
-# several processes end with those of one, as long as PyTorch's rounding doesn't depend on its
-# number of threads.
+# While an evaluation runs, each process appends its rows to a running file of its own. The file's
+# name has a hash of all that the figures depend on, and the engine; each line ends in a checksum. A
+# batch is done if all its rows are there. So a run that was killed and resumed ends with the
+# figures of one that was never stopped, and several processes end with those of one, as long as
+# PyTorch's rounding doesn't depend on its number of threads.
 
 
-def get_evaluation_key(network, converted, shape, described, data, config, args):
+def get_key(network, converted, preprocessing, data, config, args):
     """Everything that the figures depend on: only a run with the same key is resumed."""
-    return get_key(network, shape) | {
-        "onnx_sha256": hash_graph(converted.path),
-        "data": data.root,
-        **get_data_fingerprint(data.pictures, data.root),
+    pictures = hashlib.sha256()
+    for name, label in data.pictures:
+        path = os.path.join(data.root, name)
+        # not the pixels, which takes as long as decoding; nobody can set st_ctime_ns back
+        s = os.stat(path) if os.path.isfile(path) else None
+        changed = s and (s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        pictures.update(ascii((name, label, changed)).encode())
+    return {
+        "network": network.name,
+        "weights": network.weights,
+        "made_from": converted.made_from,
+        "onnx": converted.load_info,
+        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
+        "pictures_root": data.root,
+        "pictures_sha256": pictures.hexdigest(),
         "batch_size": config.batch_size,
         "preprocess": args.preprocess,
-        "preprocessing": described,
+        "preprocessing": repr(preprocessing),
+        "channels": "RGB" if preprocessing.rgb else "BGR",
         "engine_option": args.engine,
     }
 
 
-def find_states(stem, key):
-    """(state file of this process, state files of this run that are there already)."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    found = sorted(Path(LOGS_DIR).glob(f"{glob.escape(stem)}_{digest}_*.state"))
-    return Path(LOGS_DIR) / f"{stem}_{digest}_{get_rank()}.state", found
+def find_running(name, digest="[0-9a-f]" * 12):
+    """The running files of evaluations with this name, and with this hash or any."""
+    return sorted(Path(LOGS_DIR).glob(f"{name}_{digest}_*_*.csv"))
 
 
-def read_state(path):
-    """(engine, {batch: record}) of a state file, without broken lines."""
-    records, engine = {}, None
-    with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # cut by a power failure
-                continue
-            if "engine" in record:
-                engine = record["engine"]
-            else:
-                records[record["batch"]] = record
-    return engine, records
-
-
-def append_state(path, record):
-    """Add a line to the state file, and sync it to the disk in case the power fails."""
+def append_rows(path, rows):
+    """Add rows to a running file, and sync it to the disk in case the power fails."""
+    # JSON's strings keep a name with a newline in one line
+    lines = [json.dumps(row)[1:-1] for row in rows]
+    text = "".join(f"{line}, {zlib.crc32(line.encode())}\n" for line in lines)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
-            # a broken last line must not swallow this one
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(json.dumps(record).encode() + b"\n")
+        with open(path, "a", encoding="ascii") as file:
+            file.write(f"\n{text}")  # ends a line that was cut
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise RequestError(
-            f"{path}: can't be written: {error.strerror}; what was evaluated before is kept: "
-            "repeat the command to continue"
-        ) from None
+        raise RequestError(f"{path}: can't be written: {error.strerror}") from None
+
+
+def collect_rows(paths, batches):
+    """The rows of whole batches in the running files that all processes have found, in order."""
+    found = {}
+    for path in paths:
+        for line in path.read_text("ascii", "replace").splitlines():
+            text, _, checksum = line.rpartition(", ")
+            if checksum == str(zlib.crc32(text.encode())):  # else it is damaged
+                row = Row(*json.loads(f"[{text}]"))
+                found[row.number] = row
+    rows = {number: row for others in gather(found) for number, row in others.items()}
+    whole = [batch for batch in batches if all(row.number in rows for row in batch)]
+    return [rows[row.number] for batch in whole for row in batch]
 
 
 # --- the figures ----------------------------------------------------------------------------------
 
 
-def combine(differences):
-    """The Difference over all batches; L1 is the mean over all pictures."""
-    pictures = sum(d.pictures for d in differences)
+def get_table(rows):
+    """The pictures that were read, as NumPy's record array: table.l1, table[:50] ..."""
+    return np.rec.fromrecords([row for row in rows if row.skipped is None], names=Row._fields)
+
+
+def get_batches(table):
+    """The part of the table that is each batch's."""
+    return np.split(table, np.flatnonzero(np.diff(table.batch)) + 1)
+
+
+def get_difference(table):
+    """The Difference over all its pictures; the relative error is the largest of a batch's."""
+    relative = [batch.l_inf.max() / max(batch.peak.max(), 1e-30) for batch in get_batches(table)]
     return Difference(
-        l1=sum(d.l1 * d.pictures for d in differences) / pictures,
-        l_inf=max(d.l_inf for d in differences),
-        relative=float(np.max([d.relative for d in differences])),  # np: nan wins
-        same_class=sum(d.same_class for d in differences),
-        pictures=pictures,
+        l1=float(table.l1.mean()),
+        l_inf=float(table.l_inf.max()),
+        relative=float(np.max(relative)),  # np: nan wins
+        same_class=int((table.pytorch_class == table.opencv_class).sum()),
+        pictures=len(table),
     )
 
 
-def get_times(records, network):
-    """ms per picture of each batch, without the first of each process, if there are others."""
-    times = [r[network]["ms"] for r in records if network in r and not r["warm_up"]]
-    return times or [r[network]["ms"] for r in records if network in r]
-
-
-def get_figures(records, total, published):
-    """All the figures of the evaluation, from the records in the order of their batches."""
-    records = [records[batch] for batch in sorted(records)]
-    skipped = [item for r in records for item in r["skipped"]]
-    figures = {
-        "pictures": total,
-        "read": sum(r["pictures"] for r in records),
-        "skipped": skipped,
-        "partial": sum(r["pictures"] + len(r["skipped"]) for r in records) < total,
-        "published": published,
-    }
-    for network in NETWORKS:
-        times = get_times(records, network)
-        figures[network] = {
-            f"top{k}": 100
-            * sum(r[network][f"top{k}"] for r in records if network in r)
-            / figures["read"]
-            for k in (1, 5)
-        } | {
-            "ms_mean": float(np.mean(times)),
-            "ms_median": float(np.median(times)),
-            "ms_p95": float(np.percentile(times, 95)),
+def get_figures(rows, total):
+    """All the figures of the evaluation."""
+    table = get_table(rows)
+    figures = {"pictures": total, "read": len(table), "partial": len(rows) < total}
+    figures["skipped"] = [[row.picture, row.skipped] for row in rows if row.skipped]
+    timed = table if table.warm_up.all() else table[~table.warm_up]
+    for name, title in NETWORKS.items():
+        figures[title] = {
+            "top1": 100 * int((table[f"{name}_rank"] <= 1).sum()) / len(table),
+            "top5": 100 * int((table[f"{name}_rank"] <= 5).sum()) / len(table),
+            "ms_mean": float(timed[f"{name}_ms"].mean()),
+            "ms_median": float(np.median(timed[f"{name}_ms"])),
+            "ms_p95": float(np.percentile(timed[f"{name}_ms"], 95)),
         }
-    differences = [Difference(**r["difference"]) for r in records if "difference" in r]
-    figures["difference"] = dataclasses.asdict(combine(differences))
-    figures["disagreements"] = [item for r in records for item in r.get("disagreements", [])]
+    figures["difference"] = vars(get_difference(table))
+    apart = table[table.pytorch_class != table.opencv_class]
+    figures["disagreements"] = apart[["picture", "pytorch_class", "opencv_class"]].tolist()
+    wrong = table[table.pytorch_rank > 1]
+    pairs = Counter(wrong[["label", "pytorch_class"]].tolist())
+    figures["confused"] = [[*pair, count] for pair, count in pairs.most_common(5)]
     return figures
 
 
-def get_summary(title, figures, about):
-    """The lines that end the log and the output: a table of both networks, and what differs."""
-    read, total = figures["read"], figures["pictures"]
-    count = f"{read}" if read == total else f"{read} of {total}"
-    rows = [[f"{title}, {'PARTIAL: ' if figures['partial'] else ''}{count} pictures", *NETWORKS]]
-    for label, key in ROWS.items():
-        rows.append([label, *(f"{figures[network][key]:.2f}" for network in NETWORKS)])
-    rows.append(["threads", *map(str, about["threads"].values())])
-    width = max(len(row[0]) for row in rows)
-    lines = ["  ".join([row[0].ljust(width), *(c.rjust(13) for c in row[1:])]) for row in rows]
-    if figures["published"]:
-        published = ", ".join(f"{k} {v} %" for k, v in figures["published"].items())
-        lines.append(f"published by torchvision: {published}")
+def get_summary(title, figures, about, describe):
+    """The lines that end the log and the output: what is odd, then a table of both networks."""
+    skipped, apart, read = figures["skipped"], figures["disagreements"], figures["read"]
+    lines = [f"skipped: {len(skipped)} pictures that can't be read"] if skipped else []
+    lines += [f"* {reason}" for _, reason in skipped[:SHOWN]]
+    lines += [f"not the same class: {len(apart)} pictures"] if apart else []
+    lines += [f"* {name}: PyTorch {a}, OpenCV {b}" for name, a, b in apart[:SHOWN]]
+    count = read if read == figures["pictures"] else f"{read} of {figures['pictures']}"
+    header = f"{title}, {'PARTIAL: ' if figures['partial'] else ''}{count} pictures"
+    width = max(len(header), 42)
+    lines.append(f"{header:{width}}" + "".join(f"{name:>15}" for name in NETWORKS.values()))
+    for label, key in (
+        (f"top-1 accuracy, % of {read}", "top1"),
+        (f"top-5 accuracy, % of {read}", "top5"),
+        ("ms per picture, mean", "ms_mean"),
+        ("ms per picture, median", "ms_median"),
+        ("ms per picture, 95th percentile of batches", "ms_p95"),
+    ):
+        cells = "".join(f"{figures[name][key]:15.2f}" for name in NETWORKS.values())
+        lines.append(f"{label:{width}}{cells}")
+    for name, value in about["published"].items():
+        lines.append(f"published by torchvision: {name} {value} %")
+    lines.append(f"pictures: {about['pictures_root']}, channels in the order {about['channels']}")
+    threads = ", ".join(f"{name} {n}" for name, n in about["threads"].items())
     each = f", in each of {about['processes']} processes" if about["processes"] > 1 else ""
-    lines.append(f"OpenCV's engine: {about['engine']}{each}")
+    lines.append(f"OpenCV's engine: {about['engine']}; threads: {threads}{each}")
     lines.append(f"PyTorch vs OpenCV: {Difference(**figures['difference'])}")
-    for name, a, b in figures["disagreements"]:
-        lines.append(f"* not the same class: {name}: PyTorch {a}, OpenCV {b}")
-    if figures["skipped"]:
-        lines.append(f"skipped: {len(figures['skipped'])} pictures that can't be read")
-        lines += [f"* {reason}" for _, reason in figures["skipped"]]
+    lines += ["most often confused, label -> PyTorch's answer:"] if figures["confused"] else []
+    lines += [f"* {describe(a)} -> {describe(b)}: {n}" for a, b, n in figures["confused"]]
     return lines
 
 
-def get_log_lines(records):
-    """The tutorial's lines for each batch: accuracy and differences so far, the batch's times."""
-    lines, done, correct = [], 0, {network: [0, 0] for network in NETWORKS}
-    for batch in sorted(records):
-        record = records[batch]
-        done += record["pictures"]
-        for network in NETWORKS:
-            if network in record:
-                for i, k in enumerate((1, 5)):
-                    correct[network][i] += record[network][f"top{k}"]
-                top1, top5 = (100 * c / done for c in correct[network])
-                ms = record[network]["ms"]
-                lines.append(f"{done} Accuracy for {network}: top-1 {top1:.2f}, top-5 {top5:.2f}")
-                lines.append(f"{done} Inference time, ms {network}: {ms:.2f}")
-        if "difference" in record:
-            lines.append(f"{done} PyTorch vs OpenCV: {Difference(**record['difference'])}")
-        lines += [f"{done} skipped: {reason}" for _, reason in record["skipped"]]
+def get_log_lines(table):
+    """The tutorial's lines for each batch: accuracy so far, the batch's times and differences."""
+    lines, done = [], 0
+    for batch in get_batches(table):
+        done += len(batch)
+        for name, title in NETWORKS.items():
+            ranks = table[f"{name}_rank"][:done]
+            top1, top5 = (100 * (ranks <= k).mean() for k in (1, 5))
+            lines.append(f"{done} Accuracy for {title}: top-1 {top1:.2f}, top-5 {top5:.2f}")
+            lines.append(f"{done} Inference time, ms {title}: {batch[f'{name}_ms'][0]:.2f}")
+        lines.append(f"{done} PyTorch vs OpenCV: {get_difference(batch)}")
     return lines
 
 
-def draw_times(records, title, path):
-    """Draw the inference time of each batch, and its median, as a PNG."""
+def draw_times(table, figures, title, path):
+    """Draw the inference time of each batch, and the median, as a PNG."""
     # Figure, not pyplot: it needs no display and no choice of a backend
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="batch", ylabel="ms per picture", title=title)
-    marker = "o-" if len(records) <= 50 else "-"
-    for number, network in enumerate(NETWORKS):
-        batches = [batch for batch in sorted(records) if network in records[batch]]
-        times = [records[batch][network]["ms"] for batch in batches]
-        median = np.median(get_times([records[batch] for batch in batches], network))
-        label = f"{network}: median {median:.1f} ms"
-        axes.plot(np.array(batches) + 1, times, marker, color=f"C{number}", label=label)
-        axes.axhline(median, color=f"C{number}", linestyle="--", linewidth=1)
+    firsts = np.array([batch[0] for batch in get_batches(table)])
+    for number, (name, network) in enumerate(NETWORKS.items()):
+        median, color = figures[network]["ms_median"], f"C{number}"
+        label = f"{network}: median {median:.2f} ms"
+        axes.plot(firsts["batch"], firsts[f"{name}_ms"], color=color, marker=".", label=label)
+        axes.axhline(median, color=color, linestyle="--", linewidth=1)
     axes.set_ylim(bottom=0, top=1.15 * axes.get_ylim()[1])
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     with whole_file(path) as part:
-        figure.savefig(part, dpi=120, format="png")
+        figure.savefig(part, dpi=120)
 
 
-def get_published(network):
-    """{"acc@1": %, "acc@5": %} of torchvision's own weights, {} of others."""
-    if network.weights.kind != "torchvision":
-        return {}
-    entry = get_torchvision_weights(network.name)[network.weights.name]
-    return entry.meta["_metrics"]["ImageNet-1K"]
+def draw_wrong(table, root, describe, title, path):
+    """Draw the twelve wrong pictures of which PyTorch was most sure; no file if none are."""
+    from matplotlib.figure import Figure
+
+    wrong = table[table.pytorch_rank > 1]
+    if not len(wrong):
+        path.unlink(missing_ok=True)
+        return
+    surest = wrong[np.argsort(-wrong.pytorch_probability, kind="stable")][:12]
+    lines = -(-len(surest) // 4)
+    figure = Figure(figsize=(12, 0.6 + 3.5 * lines), layout="constrained")
+    figure.suptitle(title, fontsize=14)
+    for place, row in enumerate(surest, 1):
+        picture = cv2.cvtColor(read_picture(os.path.join(root, row.picture)), cv2.COLOR_BGR2RGB)
+        zoom = 400 / max(picture.shape)
+        axes = figure.add_subplot(lines, 4, place, box_aspect=1, xticks=[], yticks=[])
+        axes.set_frame_on(False)
+        axes.imshow(cv2.resize(picture, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA))
+        axes.set_aspect("equal", adjustable="datalim")
+        label, answer = describe(row.label)[:30], describe(row.pytorch_class)[:30]
+        percent = 100 * row.pytorch_probability
+        axes.set_xlabel(f"label: {label}\nPyTorch: {answer}, {percent:.0f} %", fontsize=12)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=100)
 
 
-def get_about(key, engine, seconds, records):
-    """What you need to repeat the run, besides the figures. records: of this process."""
-    import torch
+def write_results(name, rows, figures, about, class_names):
+    """The table, log, JSON, chart and contact sheet in LOGS_DIR; the summary is printed as well."""
+    ends = ("pictures.csv", "log.txt", "summary.json", "time.png", "wrong.png")
+    csv_path, log, summary, chart, wrong = (Path(LOGS_DIR) / f"{name}_{end}" for end in ends)
+    weights = about["weights"]
+    title = f"{name}, {'RANDOM' if weights == RANDOM else weights} weights"
 
-    passes = [r[n]["ms"] * r["pictures"] for r in records.values() for n in NETWORKS if n in r]
-    return key | {
-        "engine": engine,
-        "processes": get_processes(),
-        "processor": get_processor(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "threads": {"torch": torch.get_num_threads(), "opencv": cv2.getNumThreads()},
-        "seconds": seconds,  # of this process, since its last start
-        "forward_seconds": sum(passes) / 1000,
-    }
+    def describe(class_id):
+        return class_names.get(class_id, f"class {class_id}").partition(",")[0]
 
-
-def get_processor():
-    """The processor's name; platform.processor() has none on Linux."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def write_results(stem, title, records, figures, about):
-    """The log, the JSON and the chart in LOGS_DIR; the summary is printed as well."""
-    log_path, json_path, chart_path = (
-        Path(LOGS_DIR) / f"{stem}_{end}" for end in ("log.txt", "summary.json", "time.png")
-    )
-    summary = get_summary(title, figures, about)
-    with whole_file(log_path) as part:
-        part.write_text("\n".join([title, *get_log_lines(records), *summary, ""]), "utf-8")
-    with whole_file(json_path) as part:
+    table, lines = get_table(rows), get_summary(title, figures, about, describe)
+    # backslashreplace: the name of a file may have bytes that aren't UTF-8
+    how = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with whole_file(csv_path) as part, open(part, "w", newline="", **how) as file:
+        csv.writer(file).writerows([Row._fields, *rows])
+    with whole_file(log) as part:
+        part.write_text("\n".join([title, *get_log_lines(table), *lines, ""]), **how)
+    with whole_file(summary) as part:
         part.write_text(json.dumps(about | figures, indent=2) + "\n", "utf-8")
-    draw_times(records, f"{title}: inference time, {figures['read']} pictures", chart_path)
-    print(*summary, f"log: {log_path}", f"summary: {json_path}", f"chart: {chart_path}", sep="\n")
-    sys.stdout.flush()
+    draw_times(table, figures, f"{title}: inference time, {len(table)} pictures", chart)
+    title = f"{title}: the surest of the wrong answers"
+    draw_wrong(table, about["pictures_root"], describe, title, wrong)
+    lines += [f"table: {csv_path}", f"log: {log}", f"summary: {summary}", f"chart: {chart}"]
+    lines += [f"wrong pictures: {wrong}"] if wrong.exists() else []
+    print(*lines, sep="\n", flush=True)
 
 
 # --- many processes -------------------------------------------------------------------------------
@@ -593,24 +586,21 @@ def gather(value):
     try:
         dist.all_gather_object(values, value)
     except RuntimeError:
-        raise RequestError(
-            "another process of this run has ended; what was evaluated is kept: repeat the command "
-            "to continue"
-        ) from None
+        raise RequestError("another process has ended; repeat the command to continue") from None
     return values
 
 
-def in_turn(function):
-    """The result of `function`: rank 0 first, then one process per machine, then the others.
+@contextlib.contextmanager
+def first_process_first():
+    """Rank 0 runs the block first, then one process per machine, then the others.
 
     What the first downloads and converts is then there for the others.
     """
-    result = None
-    for turn in (get_rank() == 0, os.environ.get("LOCAL_RANK", "0") == "0", True):
-        if turn and result is None:
-            result = function()
+    turn = 0 if get_rank() == 0 else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    for current in range(3):
+        if current == turn:
+            yield
         gather(None)
-    return result
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -623,105 +613,100 @@ def evaluate(network, converted, preprocessing, data, config, args):
     TooManySkipped if too many pictures can't be read, and on Ctrl-C KeyboardInterrupt, after
     writing the results so far as partial.
     """
-    check_class_ids(data.pictures, converted.classes)
-    preprocessing = dataclasses.replace(preprocessing, rgb=config.bgr_to_rgb)
-    make_blob, described = get_blob_maker(network, preprocessing, args.preprocess)
-    size = min(config.batch_size, len(data.pictures))
-    shape = (size, 3, preprocessing.height, preprocessing.width)
-    key = get_evaluation_key(network, converted, shape, described, data, config, args)
-    stem = converted.path.stem
-    state_path, state_files, engine, records = resume(stem, key, len(data.pictures), args.resume)
+    import torch
 
+    p = replace(preprocessing, rgb=config.bgr_to_rgb)
+    key = get_key(network, converted, p, data, config, args)
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    # what differs from the defaults is in the name of the results, so no run replaces another's
+    options = {args.preprocess: "tutorial", args.engine: "auto", key["channels"]: "RGB"}
+    differs = [option for option, default in options.items() if option != default]
+    name = "_".join([converted.path.stem, *differs])
+    total = len(data.pictures)
+    size = min(config.batch_size, total)
+    rows = [Row(i, *picture, batch=i // size) for i, picture in enumerate(data.pictures)]
+    batches = [rows[first : first + size] for first in range(0, total, size)]
+    engine, done = resume(name, digest, batches, args)
+    whole = {row.batch for row in done}
+    missing = [batch for batch in batches if batch[0].batch not in whole]
+    if done:
+        print(f"resuming after {len(done)} of {total} pictures; --resume False starts over")
+
+    make_blob = partial(get_centre_blob, preprocessing=p)
+    if args.preprocess == "torchvision":
+        make_blob = partial(get_torchvision_blob, transforms=network.transforms)
     keep_large_blocks()
-    if get_rank() == 0:
-        few = np.random.default_rng(SEED).standard_normal(
-            (min(8, shape[0]), *shape[1:]), np.float32
-        )
-        engine = choose_engine(converted, few, engine or args.engine)
-    engine = gather(engine)[0]
-    append_state(state_path, {"engine": engine})
+    buffer = np.empty((size, 3, p.height, p.width), np.float32)
+    engine = gather(get_rank() == 0 and choose_engine(converted, buffer.shape, engine))[0]
     net = read_onnx(converted.path, engine)
-    forwards = (prepare_pytorch(network.model), lambda blob: run_opencv(net, blob))
-    networks = dict(zip(NETWORKS, forwards, strict=True))
-    batches = [data.pictures[i : i + shape[0]] for i in range(0, len(data.pictures), shape[0])]
+    network.model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
+    pytorch = partial(run_pytorch, network.model, memory_format=torch.channels_last)
+    networks = {"pytorch": pytorch, "opencv": partial(run_opencv, net)}
+    path = Path(LOGS_DIR) / f"{name}_{digest}_{engine}_{get_rank()}.csv"
     start = time.perf_counter()
-    new, interrupted = run_batches(batches, records, networks, make_blob, shape, state_path)
+    interrupted = run_batches(missing, data.root, networks, make_blob, buffer, path)
     seconds = time.perf_counter() - start
 
-    for found in gather(new):
-        records |= found
-    read = sum(record["pictures"] for record in records.values())
-    if not read and not interrupted:
-        reason = records[0]["skipped"][0][1]
-        raise RequestError(f"none of the {len(data.pictures)} pictures can be read: {reason}")
-    if read and get_rank() == 0:
-        about = get_about(key, engine, seconds, new)
-        figures = get_figures(records, len(data.pictures), get_published(network))
-        random = network.weights.kind == "random"
-        title = f"{stem}, {'RANDOM' if random else network.weights.name} weights"
-        write_results(stem, title, records, figures, about)
+    rows = collect_rows(find_running(name, digest), batches)
+    if not interrupted and all(row.skipped for row in rows):
+        raise RequestError(f"none of the {total} pictures can be read: {rows[0].skipped}")
+    if get_rank() == 0 and not all(row.skipped for row in rows):
+        figures = get_figures(rows, total)
+        about = {"engine": engine, "processes": get_processes(), "published": network.published}
+        about["threads"] = {"PyTorch": torch.get_num_threads(), "OpenCV": cv2.getNumThreads()}
+        about["seconds"] = seconds  # of this process's loop, since its last start
+        names = dict(enumerate(get_class_names(data, converted.outputs, args)))
+        write_results(f"{name}_partial" if interrupted else name, rows, figures, key | about, names)
     if interrupted:
         raise KeyboardInterrupt
-    gather(None)  # the states are kept until rank 0 has written the figures
-    for path in {*state_files, state_path}:
+    gather(None)  # the running files are kept until rank 0 has written the results
+    for path in find_running(name, digest):
         path.unlink(missing_ok=True)
     if get_rank() == 0:
         check_figures(figures)
 
 
-def resume(stem, key, pictures, wanted):
-    """(state file of this process, state files found, their engine or None, {batch: record})."""
-    state_path, state_files = find_states(stem, key)
-    if not wanted:
-        for path in state_files:
+def resume(name, digest, batches, args):
+    """(the engine to take, the rows that are there) of a run that may have been stopped."""
+    running = find_running(name, digest)
+    others = sorted({*find_running(name)} - {*running})
+    if others:
+        print(f"NOTE: {others[0]}: stopped with other pictures or options, and left alone")
+    if not args.resume:
+        for path in running:
             path.unlink(missing_ok=True)
-        gather(None)
-        state_files = []
-    engine, records = None, {}
-    for states in gather([read_state(path) for path in state_files]):
-        for found_engine, found_records in states:
-            engine, records = engine or found_engine, records | found_records
-    if records:
-        done = sum(r["pictures"] + len(r["skipped"]) for r in records.values())
-        print(f"resuming after {done} of {pictures} pictures; --resume False starts over")
-    return state_path, state_files, engine, records
+        running = []
+    engines = [path.stem.split("_")[-2] for found in gather(running) for path in found]
+    return [*engines, args.engine][0], collect_rows(running, batches)
 
 
-def run_batches(batches, records, networks, make_blob, shape, state_path):
-    """({batch: record} of this process's share of what `records` lacks, whether Ctrl-C ended it).
+def run_batches(batches, root, networks, make_blob, buffer, path):
+    """Evaluate this process's share of the batches; return whether Ctrl-C has ended it.
 
-    shape: of a whole batch's blob.
+    batches: [[Row]]; buffer: for a whole batch's blob; path: the running file.
     """
-    missing = [i for i in range(len(batches)) if i not in records]
-    todo = missing[get_rank() :: get_processes()]
-    buffer = np.empty(shape, np.float32)
-    new, interrupted = {}, False
+    share = batches[get_rank() :: get_processes()]
+    turns = -(-len(batches) // get_processes())  # the same number in each process
+    interrupted = False
+    hidden = None if get_rank() == 0 else True  # None: shown on a terminal
     with (
         ThreadPoolExecutor(os.cpu_count()) as workers,
-        tqdm(
-            total=sum(len(batches[i]) for i in todo),
-            unit=" pictures",
-            disable=None if get_rank() == 0 else True,  # None: only on a terminal
-        ) as bar,
+        tqdm(total=sum(map(len, share)), unit=" pictures", disable=hidden) as bar,
     ):
-        for turn in range(-(-len(missing) // get_processes())):  # the same number in each process
+        for turn in range(turns):
             if turn % ROLL_CALL == 0 and any(gather(interrupted)):
                 break
-            if interrupted or turn >= len(todo):
+            if interrupted or turn >= len(share):
                 continue
-            i = todo[turn]
             try:
                 # decoding has all cores between the passes, and none during them
-                blob, labels, names, skipped = read_batch(batches[i], make_blob, workers, buffer)
-                record = {"batch": i, "warm_up": turn == 0, "pictures": 0, "skipped": skipped}
-                if labels:
-                    record |= evaluate_batch(networks, blob, labels, names)
-                append_state(state_path, record)
-                new[i] = record
-                bar.update(len(batches[i]))
+                rows = [row._replace(warm_up=turn == 0) for row in share[turn]]
+                blob, read, skipped = read_batch(rows, root, make_blob, workers, buffer)
+                append_rows(path, skipped + (evaluate_batch(networks, blob, read) if read else []))
+                bar.update(len(rows))
             except KeyboardInterrupt:
                 interrupted = True
-    return new, interrupted
+    return any(gather(interrupted))
 
 
 def check_figures(figures):
@@ -730,8 +715,6 @@ def check_figures(figures):
     # "not <=" and not ">", which would let nan pass. A tie that falls the other way isn't a fault.
     if not difference.relative <= MAX_RELATIVE_ERROR:
         raise NetworksDisagree(f"PyTorch and OpenCV disagree on these pictures: {difference}")
-    if len(figures["skipped"]) > MAX_SKIPPED * figures["pictures"]:
-        raise TooManySkipped(
-            f"{len(figures['skipped'])} of {figures['pictures']} pictures can't be read: the "
-            "figures are those of the others"
-        )
+    skipped = len(figures["skipped"])
+    if skipped > MAX_SKIPPED * figures["pictures"]:
+        raise TooManySkipped(f"{skipped} of {figures['pictures']} pictures can't be read")

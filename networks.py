@@ -7,113 +7,91 @@ torch takes seconds to import, so functions import it where they need it: a mist
 reported at once, and a network that was converted before needs no torch at all.
 """
 
-import argparse
 import contextlib
+import difflib
 import http.client
 import importlib.util
+import json
 import os
-import pathlib
-import re
 import socket
 import sys
-import traceback
-import warnings
-from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
-from common import (
-    RANDOM,
-    SEED,
-    Preprocessing,
-    RequestError,
-    get_digest,
-    read_config,
-)
+from checkpoints import find_state_dict, read_checkpoint
+from classification import RANDOM, RequestError, get_digest, one_line
+from common import SCRIPT_DIR, SEED, Preprocessing, read_tutorial
 from default_preprocess_config import pytorch_resize_input_blob
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
 # torchvision's weights for these two expect pictures that aren't normalized as ImageNet's are, and
-# transform_input converts them; torchvision sets it only when it loads the weights itself. The
+# transform_input converts them; torchvision sets it only if it loads the weights itself. The
 # auxiliary heads are for training.
 BUILD_OPTIONS = {
     name: {"transform_input": True, "aux_logits": False, "init_weights": False}
     for name in ("googlenet", "inception_v3")
 }
-AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
-
-# Types that a checkpoint may hold beside tensors: they are data and run nothing.
-INERT_TYPES = [
-    argparse.Namespace,
-    pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath,
-    np.dtype,
-    np._core.multiarray.scalar,
-    *(type(np.dtype(code)) for code in "?bhilqBHILQefdU"),
-]  # fmt: skip
 
 
-@dataclass
-class Weights:
-    """Where a network's weights come from."""
+@dataclass(frozen=True)
+class Request:
+    """Which network is wanted, as --model_name, --weights and the size options say it."""
 
-    kind: str  # "torchvision", "file", "random", or "own": as MODULE:FUNCTION returns them
-    name: str = ""  # torchvision's, or the file's; "" for torchvision's first
-    path: Path | None = None  # the file
-    sha256: str = ""  # of the file
-    default: bool = False  # whether they are torchvision's first for the network
-    key: str = ""  # of the state dict in the file; "" for the first that fits
+    name: str  # torchvision's, or "module:function"
+    weights: str = ""  # torchvision's name, a file, "random"; "" for the default ones
+    weights_key: str = ""  # of the state dict in the file; "" for the first that fits
+    width: int | None = None  # of its pictures, px; None for its own
+    height: int | None = None
+
+    @property
+    def is_own(self):
+        """Whether the network comes from your code."""
+        return ":" in self.name
+
+    @property
+    def is_random(self):
+        return self.weights.lower() == RANDOM
+
+    @property
+    def is_file(self):
+        return not self.is_random and Path(self.weights).is_file()
 
 
 @dataclass
 class Network:
     """A classifier in PyTorch: float32 (batch, 3, height, width) to logits (batch, classes)."""
 
-    name: str  # torchvision's, or "module:function"
-    weights: Weights
+    request: Request  # as it was met: with random weights if the default ones can't be downloaded
+    weights: str  # torchvision's name, the file's name, "random", or "own"
+    model: object  # torch.nn.Module in eval mode
     preprocessing: Preprocessing
-    model: object = None  # torch.nn.Module in eval mode; None if it was converted before
-    assumed: bool = False  # whether nobody says how it wants its pictures
+    declared: bool = True  # whether somebody says how it wants its pictures
+    transforms: object = None  # torchvision's; None for your own networks
+    published: dict = field(default_factory=dict)  # {"acc@1": %, ...} of torchvision's weights
+
+    @property
+    def name(self):
+        return self.request.name
 
 
-def load_network(name, weights, frame_size=None, or_random=True):
-    """The Network `name`, of torchvision's or "module:function", with its Weights loaded.
+def load_network(request, or_random=True):
+    """The Network of a Request.
 
-    frame_size: width and height of its pictures, px; None for its own. Without torchvision's
-    weights and without a network connection it gets random weights, and stderr says so; with
-    or_random=False, or for any other reason, RequestError is raised.
+    Without torchvision's weights and without a network connection it gets random weights, and
+    stderr says so; with or_random=False, or for any other reason, RequestError is raised.
     """
     announce_torch()
-    import torch
-
-    if weights.kind == "torchvision":
-        weights = find_torchvision_weights(name, weights, or_random)
-    preprocessing = None if is_own(name) else get_preprocessing(name, weights)
-    size = frame_size or (preprocessing or Preprocessing()).width
-    if weights.kind == "random":
-        torch.manual_seed(SEED)
-        model = build_network(name, size).eval()  # useless until `calibrate`, below
-    elif weights.kind == "own":
-        print(f"{name}: using the weights the function returns it with")
-        model = build_network(name).eval()
-    else:
-        if weights.kind == "file" and name in BUILD_OPTIONS:
-            print(
-                f"NOTE: {weights.path}: assuming a network with transform_input=True, like "
-                "torchvision's trained ones; the file doesn't say. If yours was trained without "
-                "it, give --model_name MODULE:FUNCTION",
-                file=sys.stderr,
-            )
-        model = load_weights(name, weights.path, size, weights.key)
-    preprocessing = preprocessing or get_own_preprocessing(name, model)
-    assumed = preprocessing is None
-    preprocessing = preprocessing or Preprocessing(**read_config(pytorch_resize_input_blob))
-    if weights.kind == "random":
-        scaled = scale_frame(preprocessing, frame_size)
-        calibrate(model, scaled.width, scaled.height)
-    return Network(name, weights, preprocessing, model, assumed)
+    network = load_own(request) if request.is_own else load_torchvisions(request, or_random)
+    own = network.preprocessing
+    network.preprocessing = scale_frame(own, request.width, request.height)
+    if network.preprocessing == own:  # the same file as without the size
+        network.request = replace(network.request, width=None, height=None)
+    if request.is_own:
+        adapt_own(network)
+    if network.request.is_random:
+        calibrate(network.model, network.preprocessing.width, network.preprocessing.height)
+    return network
 
 
 def announce_torch():
@@ -122,118 +100,219 @@ def announce_torch():
         print("loading PyTorch ...", flush=True)
 
 
-def is_own(name):
-    """Whether the name is the user's "module:function"."""
-    return ":" in name
+# --- torchvision's networks -----------------------------------------------------------------------
 
 
-# --- which weights --------------------------------------------------------------------------------
+def load_torchvisions(request, or_random):
+    """The Network of a Request for one of torchvision's classifiers."""
+    import torch
 
-
-def parse_weights(name, text, key=None):
-    """The Weights that --weights (None: the default ones) and --weights_key ask for."""
-    if key and not (text and Path(text).is_file()):
-        raise RequestError("--weights_key needs --weights FILE: it names a state dict in a file")
-    if text and text.lower() == RANDOM:
-        return Weights("random", RANDOM)
-    if text and Path(text).is_file():
-        digest = get_digest(text, "sha256")
-        return Weights("file", Path(text).name, Path(text), digest, key=key or "")
-    if not is_own(name):
-        return Weights("torchvision", (text or "").upper(), default=not text)
-    if text:
-        raise RequestError(f"--weights {text}: no such file")
-    return Weights("own", name)
-
-
-def find_torchvision_weights(name, weights, or_random):
-    """`weights` with the file, downloaded if need be; random ones if that fails."""
-    known = get_torchvision_weights(name)
-    weights_name = weights.name or next(iter(known))
-    if weights_name not in known:
+    name, known = request.name, get_torchvision_weights(request.name)
+    default = next(iter(known.values()))
+    entry = known.get(request.weights.upper()) if request.weights else default
+    transforms = (entry or default).transforms()
+    preprocessing = read_transforms(transforms)
+    size = request.width or preprocessing.width
+    model = None
+    if request.is_file:
+        model = load_weights(request, lambda **options: build_torchvisions(name, size, **options))
+        if name in BUILD_OPTIONS:
+            print(
+                f"NOTE: {request.weights}: assuming that the network was trained with "
+                "transform_input=True, like torchvision's own; if not, give MODULE:FUNCTION",
+                file=sys.stderr,
+            )
+    elif entry:
+        model = download_torchvisions(name, size, entry, or_random)
+    elif not request.is_random:
         raise RequestError(
-            f"--weights {weights.name}: not a file, and not weights of {name}, which are "
+            f"--weights {request.weights}: not a file, and not weights of {name}, which are "
             f"{', '.join(known)}; or '{RANDOM}'"
         )
-    entry = known[weights_name]
-    path = checkpoints_dir() / os.path.basename(entry.url)
-    try:
-        if not path.is_file():
-            download(entry.url, path)
-    except RequestError as error:
-        reason = f"{name}'s weights can't be downloaded: {error}"
-        if not or_random:
-            raise RequestError(
-                f"{reason}: put {path.name} into {path.parent}, or give --weights FILE, or "
-                f"--weights {RANDOM}"
-            ) from None
-        print(
-            f"WARNING: {reason}: continuing with RANDOM WEIGHTS, which prove the conversion just "
-            "as well, but give meaningless answers",
-            file=sys.stderr,
-            flush=True,
-        )
-        return Weights("random", RANDOM)
-    sha256 = get_digest(path, "sha256")
-    if not sha256.startswith(get_hash_prefix(path)):
-        raise RequestError(
-            f"{path}: not the file that torchvision offers under this name: delete it to download "
-            "it again, or rename it and give it with --weights"
-        )
-    default = entry == next(iter(known.values()))
-    return Weights("torchvision", entry.name, path, sha256, default)
+    published = entry.meta["_metrics"]["ImageNet-1K"] if entry and model else {}
+    weights = entry.name if published else Path(request.weights).name
+    if model is None:
+        request, weights = replace(request, weights=RANDOM), RANDOM
+        torch.manual_seed(SEED)
+        model = build_torchvisions(name, size)
+    return Network(request, weights, model.eval(), preprocessing, True, transforms, published)
 
 
-def get_hash_prefix(path):
-    """The start of the SHA-256 that torchvision's file names end in: resnet50-0676ba61.pth"""
-    return path.stem.rpartition("-")[2]
+def get_torchvision_names():
+    """torchvision's classifiers: 80 in 0.29."""
+    announce_torch()
+    from torchvision import models
+
+    return models.list_models(module=models)
 
 
 def get_torchvision_weights(name):
     """{name: torchvision's weights} of one of its networks; the first are the default."""
     from torchvision import models
 
+    if name not in (names := get_torchvision_names()):
+        near = difflib.get_close_matches(name, names, n=3) or [*names[:2], "..."]
+        raise RequestError(
+            f"--model_name: unknown network '{name}'; did you mean {' or '.join(near)}? "
+            "--list_models shows all of torchvision's, and MODULE:FUNCTION names your own"
+        )
     return models.get_model_weights(name).__members__
 
 
-def checkpoints_dir():
-    """Where torchvision keeps downloaded weights: torch.hub.get_dir(), without torch."""
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
-    return Path(home).expanduser() / "hub" / "checkpoints"
+def build_torchvisions(name, size=224, **options):
+    """The network for pictures of `size` px; options: torchvision's, weights or num_classes."""
+    from torchvision import models
+
+    if name.startswith("vit_"):  # it has a parameter for each patch of the picture
+        options["image_size"] = size
+    try:
+        return models.get_model(name, **options, **BUILD_OPTIONS.get(name, {}))
+    except (AssertionError, ValueError) as error:
+        raise RequestError(
+            f"{name} can't be made for {size}x{size} pictures: {one_line(error)}; give another "
+            "--frame_size"
+        ) from None
 
 
-def download(url, path):
-    """Fetch torchvision's weights; RequestError if that fails, and then no file is left."""
+def download_torchvisions(name, size, entry, or_random):
+    """The network with torchvision's weights; None if they can't be had and random ones may be."""
     import torch
 
+    path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
+    # the name ends in the start of its SHA-256; torch checks that only when it downloads the file
+    prefix = path.stem.rpartition("-")[2]
+    if path.is_file() and not get_digest(path, "sha256").startswith(prefix):
+        raise RequestError(
+            f"{path}: not the file that torchvision offers under this name: delete it, or rename "
+            "it and give it with --weights"
+        )
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub has no time limit
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        prefix, progress = get_hash_prefix(path), sys.stderr.isatty()
-        torch.hub.download_url_to_file(url, str(path), prefix, progress)
+        return build_torchvisions(name, size, weights=entry, progress=sys.stderr.isatty())
     # RuntimeError: the hash doesn't fit; HTTPException: the answer isn't HTTP
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-        raise RequestError(f"{path.name}: {getattr(error, 'reason', error)}") from None
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = one_line(getattr(error, "reason", error))
     finally:
         socket.setdefaulttimeout(before)
+    reason = f"{name}'s weights can't be downloaded: {path.name}: {reason}"
+    if not or_random:
+        raise RequestError(
+            f"{reason}: put it into {path.parent}, or give --weights FILE or --weights {RANDOM}"
+        )
+    reason += ": continuing with RANDOM WEIGHTS, which prove the conversion just as well, but give"
+    print(f"WARNING: {reason} meaningless answers", file=sys.stderr, flush=True)
+    return None
+
+
+# --- your own networks ----------------------------------------------------------------------------
+
+
+def load_own(request):
+    """The Network of a Request for "module:function"."""
+    import torch
+
+    torch.manual_seed(SEED)
+    if request.is_file:
+        model = load_weights(request, lambda: build_own(request.name))
+        weights = Path(request.weights).name
+    elif request.weights and not request.is_random:
+        raise RequestError(f"--weights {request.weights}: no such file")
+    else:
+        model, weights = build_own(request.name), request.weights.lower() or "own"
+    if weights == "own":
+        print(f"{request.name}: using the weights the function returns it with")
+    preprocessing, declared = read_own_preprocessing(request.name, model)
+    return Network(request, weights, model, preprocessing, declared)
+
+
+def build_own(name):
+    """The nn.Module that "module:function" names, in eval mode, from this folder or a package.
+
+    What that code raises keeps its traceback. Raises RequestError if it doesn't give an nn.Module.
+    """
+    import torch
+
+    module_name, _, function_name = name.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise RequestError(f"--model_name {name}: '{module_name}' isn't the name of a module")
+    with your_modules(name):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name != module_name.partition(".")[0]:
+                raise
+            raise RequestError(f"--model_name {name}: {error} in this folder") from None
+        if not hasattr(module, function_name):
+            raise RequestError(f"--model_name {name}: {module.__file__} has no {function_name}")
+        model = getattr(module, function_name)
+        if not isinstance(model, torch.nn.Module):
+            model = model()
+    if not isinstance(model, torch.nn.Module):
+        raise RequestError(
+            f"--model_name {name}: returns {type(model).__name__}, not a torch.nn.Module"
+        )
+    while isinstance(model, torch.nn.DataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, torch.nn.DataParallel) else model._orig_mod
+    try:
+        return model.cpu().eval()
+    except NotImplementedError:  # a torch.export program's (PyTorch 2.15)
+        raise RequestError(
+            f"--model_name {name}: returns an exported program; return the module it was made of"
+        ) from None
+
+
+@contextlib.contextmanager
+def your_modules(name):
+    """Run your code: with the files of this folder before ours, and without our command line."""
+    files = {key: getattr(module, "__file__", None) for key, module in sys.modules.items()}
+    ours = [key for key, file in files.items() if file and Path(file).parent == SCRIPT_DIR]
+    hidden = {key: sys.modules.pop(key) for key in ours if key != "__main__"}
+    path, argv = list(sys.path), sys.argv
+    sys.path.insert(0, os.getcwd())
+    sys.argv = argv[:1]
+    try:
+        yield
+    except SystemExit as error:
+        raise RequestError(
+            f"--model_name {name}: its code exits (SystemExit: {error}); put what a script runs "
+            'under `if __name__ == "__main__":`'
+        ) from None
+    finally:
+        sys.modules.update(hidden)
+        sys.path[:] = [*path, os.getcwd()]  # for what your code imports later
+        sys.argv = argv
+
+
+def adapt_own(network):
+    """Make the network one in float32 that returns nothing but logits; say what that changes."""
+    import torch
+
+    model, preprocessing = network.model, network.preprocessing
+    batch = torch.randn(1, 3, preprocessing.height, preprocessing.width)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    before = get_logits(run_forward(model, batch.to(dtype)))
+    output = run_forward(model.float(), batch)
+    if get_logits(output) is not output:
+        print(f"{network.name}: taking the `logits` of what it returns")
+        model.register_forward_hook(lambda module, inputs, output: get_logits(output))
+    after = get_logits(output)
+    if dtype != torch.float32 and torch.is_tensor(after):
+        change = float((after - before).abs().max() / after.abs().max())
+        print(
+            f"{network.name}: converted as float32; the {str(dtype).removeprefix('torch.')} "
+            f"network itself differs from it by {change:.0e}"
+        )
+
+
+def get_logits(output):
+    """What a forward returns, or the `logits` in it: transformers' networks return an object."""
+    if isinstance(output, dict):
+        return output.get("logits", output)
+    return getattr(output, "logits", output)
 
 
 # --- preprocessing --------------------------------------------------------------------------------
-
-
-def get_transforms(name, weights):
-    """torchvision's transforms of these weights; of the network's first for all others."""
-    known = get_torchvision_weights(name)
-    return known.get(weights.name, next(iter(known.values()))).transforms()
-
-
-def get_preprocessing(name, weights):
-    """The tutorial's Preprocessing with the sizes, mean and std that torchvision gives."""
-    transforms = get_transforms(name, weights)
-    (crop,), (resize,) = transforms.crop_size, transforms.resize_size
-    return adapt_preprocessing(transforms.mean, transforms.std, crop, crop, resize / crop)
 
 
 def adapt_preprocessing(mean, std, width, height, resize):
@@ -241,120 +320,66 @@ def adapt_preprocessing(mean, std, width, height, resize):
 
     mean, std: for pixels from 0 to 1. resize: the size before the crop, over the size after it.
     """
-    return Preprocessing(
-        **read_config(pytorch_resize_input_blob)
-        | {
-            "mean": tuple(float(f"{255 * value:g}") for value in mean),
-            "std": tuple(std),
-            "width": width,
-            "height": height,
-            "initial_width": int(width * resize + 1e-6),
-            "initial_height": int(height * resize + 1e-6),
-        }
+    return replace(
+        Preprocessing(**read_tutorial(pytorch_resize_input_blob)),
+        mean=tuple(float(f"{255 * value:g}") for value in mean),
+        std=tuple(std),
+        width=width,
+        height=height,
+        initial_width=int(width * resize + 1e-6),
+        initial_height=int(height * resize + 1e-6),
     )
 
 
-def get_own_preprocessing(name, model):
-    """The Preprocessing that a timm network carries; None for others.
+def read_transforms(transforms):
+    """The tutorial's Preprocessing with the sizes, mean and std of torchvision's transforms."""
+    (crop,), (resize,) = transforms.crop_size, transforms.resize_size
+    return adapt_preprocessing(transforms.mean, transforms.std, crop, crop, resize / crop)
+
+
+def read_own_preprocessing(name, model):
+    """(Preprocessing that a network carries, or ImageNet's; whether it carries one).
 
     timm's pretrained_cfg has input_size (3, height, width), mean and std for pixels from 0 to 1,
     and crop_pct, the part of the resized picture that is kept:
     https://huggingface.co/docs/timm/reference/data
+    transformers' config has image_size; the rest is in a file beside its weights, if there are any:
+    https://huggingface.co/docs/transformers/main_classes/image_processor
     """
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if not isinstance(config, dict) or not {"input_size", "mean", "std"} <= config.keys():
-        return None
-    height, width = config["input_size"][1:]
-    part = config.get("crop_pct") or 1
-    print(f"{name}: preprocessing from the network's pretrained_cfg")
-    if config.get("interpolation", "bilinear") != "bilinear":
-        print(f"{name}: wants {config['interpolation']} resizing; OpenCV resizes bilinearly")
-    return adapt_preprocessing(config["mean"], config["std"], width, height, 1 / part)
+    if isinstance(config, dict) and {"input_size", "mean", "std"} <= config.keys():
+        print(f"{name}: preprocessing from the network's pretrained_cfg")
+        if config.get("interpolation", "bilinear") != "bilinear":
+            print(f"{name}: wants {config['interpolation']} resizing; OpenCV resizes bilinearly")
+        # what create_model(img_size=160) changes
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        height, width = size or config["input_size"][1:]
+        resize = 1 / (config.get("crop_pct") or 1)
+        return adapt_preprocessing(config["mean"], config["std"], width, height, resize), True
+    config, default = getattr(model, "config", None), read_tutorial(pytorch_resize_input_blob)
+    path = Path(getattr(config, "_name_or_path", ""), "preprocessor_config.json")
+    about = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    size = getattr(config, "image_size", None) or about.get("crop_size") or about.get("size", 224)
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or (size["height"], size["width"])
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    if not about:
+        return scale_frame(Preprocessing(**default), width, height), False
+    print(f"{name}: preprocessing from {path}")
+    return adapt_preprocessing(about["image_mean"], about["image_std"], width, height, 1), True
 
 
-def scale_frame(preprocessing, frame_size):
+def scale_frame(preprocessing, width, height):
     """The same preprocessing for pictures of another width and height, px; None: as it is."""
-    if frame_size is None:
-        return preprocessing
     p = preprocessing
+    width, height = width or p.width, height or p.height
     return replace(
         p,
-        width=frame_size,
-        height=frame_size,
-        initial_width=p.initial_width * frame_size // p.width,
-        initial_height=p.initial_height * frame_size // p.height,
+        width=width,
+        height=height,
+        initial_width=p.initial_width * width // p.width,
+        initial_height=p.initial_height * height // p.height,
     )
-
-
-# --- building -------------------------------------------------------------------------------------
-
-
-def build_network(name, frame_size=224, **options):
-    """The network before any weights are loaded; options: torchvision's, num_classes."""
-    if is_own(name):
-        return build_own_network(name)
-    from torchvision import models
-
-    options |= BUILD_OPTIONS.get(name, {})
-    if name.startswith("vit_"):  # it has a parameter for each patch of the picture
-        options["image_size"] = frame_size
-    try:
-        return models.get_model(name, **options)
-    except AssertionError as error:
-        raise RequestError(
-            f"{name} can't be made for {frame_size}x{frame_size} pictures: {error}"
-        ) from None
-
-
-def build_own_network(name):
-    """The nn.Module that "module:function" names, from a file in this folder or a package.
-
-    Raises RequestError, with file and line, for whatever that code raises.
-    """
-    import torch
-
-    module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-        if not hasattr(module, function_name):
-            raise RequestError(f"--model_name {name}: {module.__file__} has no {function_name}")
-        model = getattr(module, function_name)
-        if not isinstance(model, torch.nn.Module):
-            model = model()
-        if isinstance(model, torch.nn.Module):
-            model = model.cpu().float()
-    except RequestError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise RequestError(f"--model_name {name}: {describe_exception(error)}") from None
-    if not isinstance(model, torch.nn.Module):
-        raise RequestError(
-            f"--model_name {name}: returns {type(model).__name__}, not a torch.nn.Module"
-        )
-    return model
-
-
-def describe_exception(error):
-    """Its type and text, with the file and line of the user's code that raised it."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    known = os.path.exists(place.filename) and place.filename != __file__
-    where = f" ({place.filename}, line {place.lineno})" if known else ""
-    return f"{type(error).__name__}: {error}{where}"
-
-
-def build_empty_network(name, frame_size=224, **options):
-    """One of torchvision's networks, to be filled with weights."""
-    import torch
-
-    # On "meta" nothing is initialized, which takes longer than reading the weights. RegNet
-    # computes its widths with tensors and can't be built there (torchvision 0.29).
-    try:
-        with torch.device("meta"):
-            return build_network(name, frame_size, **options)
-    except NotImplementedError:
-        return build_network(name, frame_size, **options)
 
 
 def calibrate(model, width, height):
@@ -398,181 +423,70 @@ def calibrate(model, width, height):
         hook.remove()
 
 
-# --- checkpoints ----------------------------------------------------------------------------------
+def load_weights(request, build):
+    """The network of build(), with the weights of a checkpoint file.
 
-
-def load_weights(name, path, frame_size=224, weights_key=""):
-    """The network with the weights of a checkpoint file, in eval mode.
-
-    The head of torchvision's networks is sized by the file. Raises RequestError if the file is
-    damaged, holds no state dict, or another network's.
+    The head of torchvision's networks is sized by the file: build(num_classes=...). Raises
+    RequestError if the file is damaged, holds no state dict, or another network's.
     """
     import torch
 
-    own = is_own(name)
-    model = build_network(name) if own else build_empty_network(name)
-    state = find_state_dict(read_checkpoint(path), model.state_dict().keys(), path, weights_key)
-    if not own:
-        model = build_empty_network(name, frame_size, num_classes=get_num_classes(name, state))
+    path, model = request.weights, build().float()
+    wanted = model.state_dict()
+    state = find_state_dict(read_checkpoint(path), wanted, path, request.weights_key)
+    # the head is the last parameter of two or more dimensions, in all of torchvision's networks
+    head = [key for key, parameter in model.named_parameters() if parameter.ndim > 1][-1]
+    shape = getattr(state.get(head), "shape", ())
+    if not request.is_own and len(shape) > 1 and shape[0] != len(wanted[head]):
+        model = build(num_classes=shape[0])
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-        problem = ", ".join(
-            f"{what} key {keys[0]} (and {len(keys) - 1} more)"
-            for what, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        )
-        for key in state if not problem else []:
-            if state[key].is_complex() or not torch.isfinite(state[key]).all():
-                problem = f"{key} isn't a tensor of finite numbers"
-    except Exception as error:  # of shapes, or of tensors that aren't plain numbers
-        problem = str(error).strip().split("\n\t")[-1][:200]
-    if problem:
-        raise RequestError(f"{path}: not the weights of {name}: {problem}")
-    return model.float().eval()
-
-
-def read_checkpoint(path):
-    """What torch.load finds in a checkpoint file; RequestError if it isn't one, or may run code."""
-    import torch
-
-    if str(path).endswith(".safetensors") and importlib.util.find_spec("safetensors") is None:
-        raise RequestError(f"{path}: to read it, pip install safetensors")
-    types = []
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(INERT_TYPES):
-            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
-            with contextlib.suppress(Exception):  # not a ZIP file, for instance
-                types = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            # weights_only: a pickle can run any code, and a downloaded file is a stranger's
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen types for files that aren't its own
-        reason = "truncated, another format, or more than tensors in it, which could run code"
-        if types:
-            reason = f"more than tensors in it, {', '.join(sorted(types))[:200]}, could run code"
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = one_line(error).partition(": ")[2]
         raise RequestError(
-            f"{path}: can't be read ({type(error).__name__}): {reason}; download it again, save "
-            "one with torch.save(model.state_dict(), FILE), or load it yourself in a --model_name "
-            "MODULE:FUNCTION"
+            f"{path}: not the weights of {request.name}: {reason[:200]}; if you changed its head "
+            "or stem, give --model_name MODULE:FUNCTION --weights FILE"
         ) from None
+    for key, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise RequestError(f"{path}: {key} isn't a tensor of finite numbers")
+    return model.eval()
 
 
-def find_state_dict(checkpoint, network_keys, path, weights_key=""):
-    """The network's state dict in a checkpoint, as an OrderedDict with its metadata.
+def run_forward(model, batch):
+    """What the network returns for a tensor (batch, 3, height, width).
 
-    It is the first dictionary, the checkpoint itself or one in it, whose keys, less one common
-    prefix, are the network's: training scripts wrap state dicts in larger dictionaries, and
-    DataParallel, torch.compile and Lightning put "module.", "_orig_mod." and "model." before each
-    key. If none fits, the one with most keys in common, for load_state_dict's message. With a
-    `weights_key` it is the dictionary of that key.
+    What its code raises is the cause of a RequestError, which prints it with its traceback.
     """
     import torch
 
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    found = []
-    for key, state in {"": checkpoint, **checkpoint}.items():
-        if weights_key and key != weights_key:
-            continue
-        if not isinstance(state, dict) or not any(map(torch.is_tensor, state.values())):
-            continue
-        state, metadata = dict(state), getattr(state, "_metadata", None)
-        state.pop("n_averaged", None)  # AveragedModel's counter
-        prefix = get_prefix(state, network_keys)
-        state = {rename(str(k).removeprefix(prefix)): v for k, v in state.items()}
-        state = {
-            k: v for k, v in state.items() if k in network_keys or not k.startswith(AUXILIARY_HEADS)
-        }
-        unknown = [
-            k for k in state.keys() ^ set(network_keys) if not k.endswith("num_batches_tracked")
-        ]
-        found.append((len(unknown), key, state, prefix, metadata))
-    if not found:
-        keys = f", only {', '.join(map(str, checkpoint))[:200]}" if checkpoint else ""
-        what = f"no state dict '{weights_key}'" if weights_key else "no state dict"
+    try:
+        with torch.no_grad():
+            return model(batch)
+    except (Exception, SystemExit) as error:
+        height, width = batch.shape[2:]
         raise RequestError(
-            f"{path}: {what} in it{keys}; save one with torch.save(model.state_dict(), FILE)"
-        )
-    fitting = [f"'{key}'" for unknown, key, *_ in found if not unknown]
-    if len(fitting) > 1:
-        names = " and ".join(fitting)
-        print(f"{path}: weights in {names}: taking {fitting[0]}; --weights_key takes another")
-    _, _, state, prefix, metadata = min(found, key=lambda item: item[0])  # the first of equals
-    # Modules read older files by the versions in here; MNASNet demands one (2 in torchvision 0.29).
-    state = OrderedDict(state)
-    state._metadata = {"": {"version": 2}}
-    if metadata:
-        modules = {f"{module}.": version for module, version in metadata.items()}
-        state._metadata = {
-            module.removeprefix(prefix).rstrip("."): version
-            for module, version in modules.items()
-            if module.startswith(prefix)
-        }
-    return state
-
-
-def get_prefix(keys, network_keys):
-    """The shortest prefix of all `keys` without which the first is the network's; "" if none is."""
-    first = str(next(iter(keys), ""))
-    lengths = [0, *(dot.end() for dot in re.finditer(r"\.", first))]
-    fitting = (first[:n] for n in lengths if rename(first[n:]) in network_keys)
-    return next((p for p in fitting if all(str(k).startswith(p) for k in keys)), "")
-
-
-def rename(key):
-    """denselayer1.norm.1.weight -> denselayer1.norm1.weight
-
-    torchvision's DenseNet files still have the names of before PyTorch 0.4; torchvision renames
-    them in the same way.
-    """
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", str(key))
-
-
-def get_num_classes(name, state):
-    """How many classes the head in a state dict of one of torchvision's networks has.
-
-    The head's weight is the last one whose shape depends on the number of classes.
-    """
-    few, more = (build_empty_network(name, num_classes=n).state_dict() for n in (2, 3))
-    head = [key for key in few if few[key].shape != more[key].shape and few[key].ndim > 1][-1]
-    return len(state[head]) if getattr(state.get(head), "ndim", 0) else len(few[head])
-
-
-# --- running --------------------------------------------------------------------------------------
+            f"the network can't take a {width}x{height} picture, {type(error).__name__}; if it "
+            "wants another size, give --frame_size"
+        ) from error
 
 
 def run_pytorch(model, blob, memory_format=None):
     """PyTorch's logits, (batch, classes), for a float32 blob (batch, 3, height, width).
 
-    Raises RequestError for whatever the network's code raises, and if it isn't a classifier.
+    Raises RequestError if it isn't a classifier, or its code fails.
     """
     import torch
 
     # a copy: a network that changes its input in place would change OpenCV's as well
     batch = torch.from_numpy(blob).clone(memory_format=memory_format or torch.contiguous_format)
-    try:
-        with torch.no_grad():
-            logits = model(batch)
-    except (Exception, SystemExit) as error:
-        height, width = blob.shape[2:]
-        raise RequestError(
-            f"the network can't take a {width}x{height} picture: {describe_exception(error)}"
-        ) from None
-    shape = tuple(logits.shape) if torch.is_tensor(logits) else ()
+    logits = run_forward(model, batch)
+    shape = tuple(getattr(logits, "shape", ()))
     if len(shape) != 2 or shape[0] != len(blob) or not shape[1] or logits.dtype != torch.float32:
+        found = f"{logits.dtype} of shape {shape}" if shape else type(logits).__name__
         raise RequestError(
-            f"not a classifier: forward returns {describe_output(logits)}, not a float32 tensor of "
-            "shape (batch, classes); give a MODULE:FUNCTION that wraps it in a module whose "
-            "forward returns the logits"
+            f"not a classifier: forward returns {found}, not a float32 tensor of shape (batch, "
+            "classes); give a MODULE:FUNCTION that wraps it in a module whose forward returns the "
+            "logits"
         )
     return logits.numpy()
-
-
-def describe_output(output):
-    """What a forward returns: its type, and the shapes of the tensors in it."""
-    if hasattr(output, "shape"):
-        return f"a {str(output.dtype).removeprefix('torch.')} tensor of shape {tuple(output.shape)}"
-    if isinstance(output, (tuple, list)):
-        named = enumerate(output)
-    else:
-        named = (output if isinstance(output, dict) else getattr(output, "__dict__", {})).items()
-    shapes = [f"{name} {tuple(value.shape)}" for name, value in named if hasattr(value, "shape")]
-    return f"{type(output).__name__}" + (f" with {', '.join(shapes)}"[:200] if shapes else "")

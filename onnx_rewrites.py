@@ -13,6 +13,7 @@ import onnx
 def make_readable(proto):
     """Apply every rewrite to an onnx.ModelProto, in place."""
     rewrite_einsum(proto.graph)
+    rewrite_matmul(proto.graph)
     rewrite_gelu(proto.graph)
     rewrite_hard_sigmoid(proto.graph)
     rewrite_constant_of_shape(proto.graph)
@@ -24,9 +25,8 @@ def make_readable(proto):
 def rewrite_einsum(graph):
     """Einsum -> MatMul, between Transposes as needed, if it sums products over one letter.
 
-    OpenCV 5.0.0 expects the letters a to z in the equation. With capitals, which ONNX allows and
-    torchvision's maxvit_t has, it writes past its tables: errors or a segmentation fault. Its
-    Einsum keeps the batch size of the first forward pass, and can't broadcast (timm's MViTv2).
+    OpenCV 5.0.0's Einsum keeps the batch size of the first forward pass. With capitals, which
+    ONNX allows and torchvision's maxvit_t has, it writes past its tables.
     """
     for index, node in reversed(list(enumerate(graph.node))):
         if node.op_type != "Einsum" or len(node.input) != 2:
@@ -64,6 +64,17 @@ def rewrite_einsum(graph):
             nodes.append(onnx.helper.make_node("MatMul", factors, [product]))
             nodes.append(onnx.helper.make_node("Transpose", [product], node.output, perm=axes))
         replace_node(graph, index, *nodes)
+
+
+def rewrite_matmul(graph):
+    """MatMul(x, constant) -> MatMul(x, Identity(constant)) if the constant is several matrices.
+
+    OpenCV 5.0.0 doesn't repeat a constant for each picture: wrong values, or signal 11.
+    """
+    several = {tensor.name for tensor in graph.initializer if np.prod(tensor.dims[:-2]) > 1}
+    for index, node in reversed(list(enumerate(graph.node))):
+        if node.op_type == "MatMul" and node.input[1] in several:
+            insert_before(graph, index, 1, "Identity")
 
 
 def rewrite_gelu(graph):
@@ -133,15 +144,11 @@ def rewrite_tanh(graph):
 
     OpenCV 5.0.0 returns nan for x of 50 and more.
     """
-    nodes = [(i, node) for i, node in enumerate(graph.node) if node.op_type == "Tanh"]
-    values = (-20, 20) if nodes else ()
-    limits = [add_constant(graph, f"tanh_limit_{value}", np.float32(value)) for value in values]
-    for index, node in reversed(nodes):
-        clipped = get_new_name(graph, f"{node.output[0]}_clipped")
-        clip = onnx.helper.make_node("Clip", [node.input[0], *limits], [clipped])
-        graph.node.insert(index, clip)
-        # the node has moved by one
-        graph.node[index + 1].input[0] = clipped
+    for index, node in reversed(list(enumerate(graph.node))):
+        if node.op_type == "Tanh":
+            name = node.output[0]
+            limits = [add_constant(graph, f"{name}_{v}", np.float32(v)) for v in (-20, 20)]
+            insert_before(graph, index, 0, "Clip", *limits)
 
 
 def rewrite_batch_norm(graph):
@@ -227,6 +234,14 @@ def replace_node(graph, index, *nodes):
     del graph.node[index]
     for node in reversed(nodes):
         graph.node.insert(index, node)
+
+
+def insert_before(graph, index, position, op_type, *constants):
+    """Put a node before one of a node's inputs."""
+    source = graph.node[index].input[position]
+    name = get_new_name(graph, f"{graph.node[index].output[0]}_{op_type.lower()}")
+    graph.node.insert(index, onnx.helper.make_node(op_type, [source, *constants], [name]))
+    graph.node[index + 1].input[position] = name
 
 
 def add_constant(graph, name, value):

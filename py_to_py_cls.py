@@ -14,46 +14,41 @@ Your own network: weights you trained, or a function that returns any nn.Module:
 Output goes to models/, results/ and logs/ in the current folder.
 """
 
-import argparse
 import dataclasses
-import difflib
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from common import (
-    PICTURE_SUFFIXES,
-    NetworksDisagree,
+from classification import (
+    ENGINES,
+    RANDOM,
+    ZOO_NAME,
     OneLineParser,
-    Preprocessing,
     RequestError,
-    add_to_zoo,
-    find_bundled,
+    available,
     fit_labels,
-    get_alias,
     get_blob,
+    get_digest,
     parse_bool,
-    positive_int,
-    read_config,
     read_lines,
     read_picture,
     run,
-    to_options,
 )
-from conversion import Converted, convert, find_converted, find_network, get_onnx_path
-from evaluation import evaluate, get_data, get_rank, in_turn, join_processes
-from networks import (
-    announce_torch,
-    get_torchvision_weights,
-    is_own,
-    load_network,
-    parse_weights,
-    scale_frame,
+from common import Preprocessing, find_bundled, read_tutorial, write_entry
+from conversion import convert, find_converted, get_made_from
+from evaluation import (
+    check_evaluation,
+    evaluate,
+    first_process_first,
+    get_data,
+    get_rank,
+    join_processes,
 )
-from test_config import LOGS_DIR, MODELS_DIR, RESULTS_DIR, TestClsConfig, TestClsModuleConfig
-from verify import get_references, verify
+from networks import Request, get_torchvision_names, get_torchvision_weights, load_network
+from test_config import RESULTS_DIR, TestClsConfig, TestClsModuleConfig
+from verify import get_references
 
 # The tutorial's networks, for --help. torchvision's other classifiers work, too.
 MODELS = [
@@ -64,38 +59,12 @@ MODELS = [
 ]  # fmt: skip
 
 
-# --- the command line -----------------------------------------------------------------------------
-
-
 def model_name(text):
-    """The user's module:function, or torchvision's name in lower case."""
-    return text if is_own(text) else text.lower()
-
-
-def check_model_name(name):
-    """Raise RequestError, with similar names, if torchvision has no such classifier."""
-    if not is_own(name) and name not in (names := get_torchvision_names()):
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it is one of {', '.join(MODELS)}"
-        raise RequestError(
-            f"--model_name: unknown network '{name}', {hint}; --list_models shows all of "
-            "torchvision's, and MODULE:FUNCTION names your own"
-        )
-
-
-def get_torchvision_names():
-    """torchvision's classifiers: 80 in 0.29."""
-    announce_torch()
-    from torchvision import models
-
-    return models.list_models(module=models)
-
-
-def non_empty(text):
-    """Reject an empty option value."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
+    """torchvision's name in lower case, or your "module:function", also as ./module.py:function."""
+    module, colon, function = text.partition(":")
+    if not colon:
+        return text.lower()
+    return f"{module.removeprefix('./').removesuffix('.py').replace('/', '.')}:{function}"
 
 
 # fmt: off
@@ -115,20 +84,22 @@ def get_parser():
         help="evaluation mode: accuracy, inference time and L1 of both networks over labelled "
         "pictures, the bundled ones if you have no others (default: True, but False with --test "
         "True)")
-    add("--weights", metavar="W",
+    add("--weights", default="", metavar="W",
         help="the name of torchvision's weights (IMAGENET1K_V1, DEFAULT ...), a checkpoint file "
         "with any number of classes, or 'random' (default: torchvision's first for the network, "
         "IMAGENET1K_V1 for almost all; for MODULE:FUNCTION, the ones it returns)")
     add("--weights_key", metavar="KEY",
         help="which of several state dicts in a checkpoint file, model_ema for instance (default: "
         "the first that fits)")
+    add("--allow_branches", default=False, **yes_no,
+        help="convert a network even if it may branch on the values of its input (default: False)")
     add("--default_img_preprocess", default=True, **yes_no,
         help="test mode: prepare the picture as the network wants it (True), or as "
         "TestClsModuleConfig says (False); options win over both (default: True)")
     add("--preprocess", choices=["tutorial", "torchvision"], default="tutorial",
         help="evaluation mode: the centre of the resized picture, or torchvision's transforms of "
         "the weights, which its published accuracy was measured with (default: tutorial)")
-    add("--engine", choices=["auto", "new", "classic"], default="auto",
+    add("--engine", choices=list(available(ENGINES)), default="auto",
         help="evaluation mode: OpenCV's inference engine; auto takes the fastest correct one "
         "(default: auto)")
     add("--resume", default=True, **yes_no,
@@ -142,25 +113,32 @@ def get_parser():
 
 
 def add_config(parser, config_class, title, description=None):
-    """Add an option for each field of the dataclass, with its name and type."""
+    """Add an option for each field of the dataclass that has metadata for it."""
     group = parser.add_argument_group(title, description)
-    types = {int: positive_int, bool: parse_bool}
     for field in dataclasses.fields(config_class):
-        default = getattr(config_class(), field.name)
-        shown = " ".join(default) if isinstance(default, list) else default
-        group.add_argument(
-            f"--{field.name}",
-            type=types.get(field.type, non_empty),
-            nargs="+" if isinstance(default, list) else None,
-            metavar={int: "N", bool: "BOOL"}.get(field.type, "V"),
-            help=f"{field.metadata['help']} (default: {'none' if shown == '' else shown})",
-        )
+        if field.metadata:
+            default = getattr(config_class(), field.name)
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            text = f"{field.metadata['help']} (default: {'none' if shown in ('', None) else shown})"
+            group.add_argument(f"--{field.name}", **{**field.metadata, "help": text})
+
+
+def get_args():
+    """The command line; --evaluate is the opposite of --test if it isn't given."""
+    parser = get_parser()
+    args = parser.parse_args()
+    if args.model_name is None and not args.list_models:
+        parser.error("the following arguments are required: --model_name")
+    if args.evaluate is None:
+        args.evaluate = not args.test
+    return args
 
 
 def fill_config(config_class, args):
     """The dataclass with the options of the command line."""
     names = [field.name for field in dataclasses.fields(config_class)]
-    return config_class(**{n: getattr(args, n) for n in names if getattr(args, n) is not None})
+    given = {name: getattr(args, name, None) for name in names}
+    return config_class(**{name: value for name, value in given.items() if value is not None})
 
 
 def get_module_config(args):
@@ -176,48 +154,26 @@ def get_module_config(args):
     return config
 
 
-def check_request(args, config, module_config):
-    """Raise RequestError for a bad request, before torch is imported.
-
-    Returns (the test picture, the Data of an evaluation or None).
-    """
-    given = read_config(vars(args))
-    if args.evaluate and given.get("width") != given.get("height"):
-        raise RequestError(
-            "an evaluation takes square frames: give --frame_size, not --frame_width and "
-            "--frame_height"
-        )
-    torchvisions = args.preprocess == "torchvision"
-    unused = ["bgr_to_rgb"] if torchvisions and args.evaluate else []
-    if args.evaluate and not args.test:  # test mode takes these
-        unused += ["crop", "rgb"]
-        unused += ["scale", "mean", "std", "rsz_width", "rsz_height"] if torchvisions else []
-    for name in unused:
-        if getattr(args, name) is not None:
-            raise RequestError(
-                f"--{name} has no effect on an evaluation with --preprocess {args.preprocess}; "
-                "leave it out"
-            )
-    read_lines(module_config.classes)
-    if args.test and not Path(module_config.test_module_path).is_file():
-        raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")
-    picture = read_picture(module_config.input_img)
-    if not args.evaluate:
-        return picture, None
-    data = get_data(config, args.img_root_dir is not None, args.img_cls_file is not None)
-    Path(LOGS_DIR).mkdir(exist_ok=True)
-    return picture, data
+def get_request(args):
+    """The Request of the command line."""
+    width, height = args.frame_width or args.frame_size, args.frame_height or args.frame_size
+    return Request(args.model_name, args.weights, args.weights_key or "", width, height)
 
 
-def get_args():
-    """The command line; --evaluate is the opposite of --test if it isn't given."""
-    parser = get_parser()
-    args = parser.parse_args()
-    if args.model_name is None and not args.list_models:
-        parser.error("the following arguments are required: --model_name")
-    if args.evaluate is None:
-        args.evaluate = not args.test
-    return args
+def check_options(args):
+    """Raise RequestError for options that have no effect, or don't go together."""
+    only_evaluated = args.evaluate and not args.test
+    for name, unused, where in (
+        ("crop", only_evaluated, "on an evaluation"),
+        ("rgb", only_evaluated, "on an evaluation"),
+        ("weights_key", not get_request(args).is_file, "without --weights FILE"),
+    ):
+        if unused and getattr(args, name) is not None:
+            raise RequestError(f"--{name} has no effect {where}; leave it out")
+    if (args.rsz_width is None) != (args.rsz_height is None):
+        raise RequestError("--rsz_width and --rsz_height go together")
+    if args.evaluate and args.frame_width != args.frame_height:
+        raise RequestError("an evaluation takes square frames: give --frame_size instead")
 
 
 def list_models():
@@ -233,102 +189,109 @@ def list_models():
     return 0
 
 
-# --- network, conversion, test --------------------------------------------------------------------
+def get_given(config):
+    """{field: value} of Preprocessing that a config or the command line has, but for the size."""
+    given = read_tutorial(vars(config))
+    return {name: value for name, value in given.items() if name not in ("width", "height")}
 
 
-def get_network(args, or_random):
-    """The Network of the command line; without its model if a converted file makes it superfluous.
+def get_entry_options(args, module_config):
+    """What the entry of a converted file depends on, beside the network."""
+    as_network_wants = args.default_img_preprocess or not args.test
+    return {
+        "as_network_wants": as_network_wants,
+        "given": get_given(args if as_network_wants else module_config),
+        "classes": get_digest(module_config.classes, "sha256"),
+    }
 
-    or_random: whether random weights may stand in for a failed download. Not on the user's own
-    pictures: figures of random weights mean nothing there.
+
+def get_preprocessing(network, given, as_network_wants=True):
+    """The network's Preprocessing with what is given; or what is given, at the network's size."""
+    own = network.preprocessing
+    if as_network_wants:
+        return replace(own, **given)
+    return Preprocessing(**given, width=own.width, height=own.height)
+
+
+def get_converted(args, module_config, picture, data):
+    """(Network, Converted): the file that was converted before, or a new one with its entry.
+
+    A test is met by an entry that was written for the same options, mostly without the Network,
+    which is None then. An evaluation takes any entry of the file, and changes none; if it has to
+    convert, the entry gets the network's own preprocessing.
     """
-    weights = parse_weights(args.model_name, args.weights, args.weights_key)
-    network = None if args.evaluate else find_network(args.model_name, weights, MODELS_DIR)
-    if network is None:
-        check_model_name(args.model_name)
-        network = load_network(args.model_name, weights, args.frame_size, or_random)
-    return network
+    request, options = get_request(args), get_entry_options(args, module_config)
+    if not args.evaluate and (converted := find_converted(request, options)):
+        return None, converted
+    network = load_network(request, or_random=data is None or data.bundled)
+    if not args.test and network.declared:
+        options["given"] = {}
+    preprocessing = get_preprocessing(network, options["given"], options["as_network_wants"])
+    # again, because only now is known that a download failed, or that a size is the network's own
+    converted = find_converted(network.request, options if args.test else None)
+    if converted is None:
+        references = get_references(network.model, get_blob(picture, preprocessing))
+    outputs = converted.outputs if converted else references[0].logits.shape[1]
+    if args.evaluate:
+        check_evaluation(network, get_preprocessing(network, get_given(args)), data, outputs, args)
+    if converted is None:
+        labels = fit_labels(read_lines(module_config.classes), args.classes, outputs)
+        print_assumptions(network, options["given"], labels and not args.classes)
+        converted = convert(network, references, args.allow_branches)
+        made_from = get_made_from(network.request, options)
+        write_entry(converted, preprocessing, module_config.classes if labels else None, made_from)
+    return network, converted
 
 
-def get_preprocessings(network, module_config, args):
-    """The Preprocessing of (test mode, evaluation mode): options win over the defaults."""
-    given = read_config(vars(args))
-    if network.assumed and not given.keys() & {"scale", "mean", "std"}:
+def print_assumptions(network, given, imagenets_labels):
+    """Say on stderr what nobody has said about the network."""
+    if not network.declared and not given.keys() & {"scale", "mean", "std"}:
         print(
-            f"NOTE: {network.name} declares no preprocessing: assuming torchvision's "
-            "ImageNet preprocessing; --frame_size, --scale, --mean, --std and --rsz_* change it",
+            f"NOTE: {network.name} declares no preprocessing: assuming torchvision's ImageNet "
+            "preprocessing; --frame_size, --scale, --mean, --std and --rsz_* change it",
             file=sys.stderr,
         )
-    wanted = replace(scale_frame(network.preprocessing, args.frame_size), **given)
-    evaluated = wanted
-    if not args.default_img_preprocess:
-        frame = {"frame_width": str(wanted.width), "frame_height": str(wanted.height)}
-        wanted = Preprocessing(**read_config(vars(module_config) | frame))
-    return wanted, evaluated
+    if imagenets_labels and not network.published and network.weights != RANDOM:
+        print(
+            f"NOTE: assuming that {network.name}'s classes are ImageNet's; --classes names others"
+        )
 
 
-def get_converted(network, module_config, picture, preprocessing, args):
-    """(Converted, the file of the class names or None): reused, or converted now."""
-    path = Path(module_config.model or get_onnx_path(network.name, network.weights, MODELS_DIR))
-    blob = get_blob(picture, preprocessing)
-    converted = find_converted(network, path, blob.shape)
-    references = None
-    if converted is None:
-        if network.model is None:
-            network = load_network(network.name, network.weights, args.frame_size)
-        references = get_references(network.model, blob)
-    count = converted.classes if converted else references[0].logits.shape[1]
-    labels = fit_labels(read_lines(module_config.classes), args.classes, count)
-    assumed = labels and not args.classes and network.weights.kind in ("file", "own")
-    if assumed and converted is None:
-        print(f"NOTE: assuming that the {count} classes are ImageNet's; --classes names others")
-    if converted is None and module_config.model:
-        try:
-            converted = Converted(path, verify(path, references), count)
-        except NetworksDisagree as error:
-            raise NetworksDisagree(f"{path}: {error}; was it made from these --weights?") from None
-        print(f"{path}: verified; taking the {converted.engines[0]} engine")
-    converted = converted or convert(network, path, references)
-    return converted, module_config.classes if labels else None
-
-
-def test(converted, module_config, preprocessing, classes):
-    """Run classification.py on the converted network; return its exit code."""
-    picture = Path(module_config.input_img)
-    suffix = picture.suffix if picture.suffix.lower() in PICTURE_SUFFIXES else ".png"
-    result = f"{picture.stem}_{converted.path.stem}_{module_config.test_module_name}{suffix}"
-    command = [sys.executable, module_config.test_module_path, "--model", str(converted.path)]
-    command += ["--input", module_config.input_img, "--output", os.path.join(RESULTS_DIR, result)]
-    command += ["--engine", converted.engines[0], *to_options(preprocessing)]
-    command += ["--classes", classes] if classes else []
+def run_test_module(converted, module_config):
+    """Run classification.py on the converted network, as you would; return its exit code."""
+    picture, name = Path(module_config.input_img), converted.path.stem
+    result = f"{picture.stem}_{name}_{module_config.test_module_name}{picture.suffix}"
+    command = [sys.executable, module_config.test_module_path, name]
+    command += ["--zoo", str(converted.path.with_name(ZOO_NAME)), "--input", str(picture)]
+    command += ["--output", os.path.join(RESULTS_DIR, result)]
     code = subprocess.run(command).returncode
     if code < 0:
         raise RequestError(f"{module_config.test_module_path} was killed by signal {-code}")
     return code
 
 
-test.__test__ = False  # keep pytest from collecting it
-
-
 def main():
     args = get_args()
     if args.list_models:
         return list_models()
+    check_options(args)
     config, module_config = fill_config(TestClsConfig, args), get_module_config(args)
-    picture, data = check_request(args, config, module_config)
-    join_processes()  # torchrun's; in_turn lets the first convert for all
-    network = in_turn(lambda: get_network(args, data is None or data.bundled))
-    preprocessing, evaluated = get_preprocessings(network, module_config, args)
-    converted, classes = in_turn(
-        lambda: get_converted(network, module_config, picture, preprocessing, args)
-    )
-    if get_rank() == 0 and not module_config.model:
-        add_to_zoo(get_alias(network.name), converted, preprocessing, classes)
+    if args.test and not Path(module_config.test_module_path).is_file():
+        raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")
+    picture, names = read_picture(module_config.input_img), read_lines(module_config.classes)
+    data = None
+    if args.evaluate:
+        given = args.img_root_dir is not None, args.img_cls_file is not None
+        data = get_data(config, *given, names if args.classes else None)
+    join_processes()  # torchrun's
+    with first_process_first():
+        network, converted = get_converted(args, module_config, picture, data)
     code = 0
     if args.test and get_rank() == 0:
-        code = test(converted, module_config, preprocessing, classes)
+        code = run_test_module(converted, module_config)
     if args.evaluate:
-        evaluate(network, converted, evaluated, data, config, args)
+        preprocessing = get_preprocessing(network, get_given(args))
+        evaluate(network, converted, preprocessing, data, config, args)
     return code
 
 

@@ -12,18 +12,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from common import (
+from classification import (
+    RANDOM,
     RANDOM_SUFFIX,
     RANDOM_WARNING,
-    NetworksDisagree,
     OneLineParser,
-    find_bundled,
     read_lines,
     read_picture,
     run,
-    whole_file,
 )
-from networks import load_network, parse_weights
+from common import NetworksDisagree, find_bundled, whole_file
+from networks import Request, load_network
 from test_config import MODELS_DIR, TestClsModuleConfig
 from verify import compare
 
@@ -113,8 +112,8 @@ def main():
     imagenet_labels = get_imagenet_labels()
 
     # models.resnet50(weights="IMAGENET1K_V1").eval(), or with random weights if you are offline
-    network = load_network("resnet50", parse_weights("resnet50", args.weights))
-    random = network.weights.kind == "random"
+    network = load_network(Request("resnet50", args.weights))
+    random = network.weights == RANDOM
 
     name = "py_to_py_resnet50" + (RANDOM_SUFFIX if random else "")
     with whole_file(Path(MODELS_DIR) / f"{name}.onnx") as part:  # renamed only if they agree

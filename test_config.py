@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass, field
 
+from classification import finite, non_zero, parse_bool, positive_int
+
 # Output folders, in the current folder.
 MODELS_DIR = "models"
 LOGS_DIR = "logs"
@@ -14,11 +16,13 @@ CLS_TEST_DATA_DIR = "test_data/cls"
 IMAGENET_VAL_DIR = "./ILSVRC2012_img_val"
 
 
-def option(default, text):
-    """A dataclass field with its line in --help."""
+def option(default, text, parse=str, **how):
+    """A dataclass field, with what argparse needs to know of it as its metadata."""
+    metavar = {positive_int: "N", parse_bool: "BOOL"}.get(parse, "V")
+    metadata = {"type": parse, "metavar": metavar, **how, "help": text}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -27,16 +31,18 @@ class TestClsConfig:
 
     __test__ = False  # the name is the tutorial's; pytest must not collect it
 
-    batch_size: int = option(50, "pictures in one forward pass")
-    frame_size: int = option(224, "width and height of the blob, px, if not the network's own")
+    batch_size: int = option(50, "pictures in one forward pass", positive_int)
+    frame_size: int = option(
+        224, "width and height of the blob, px, if not the network's own", positive_int
+    )
     img_root_dir: str = option(IMAGENET_VAL_DIR, "folder of the labelled pictures")
     img_cls_file: str = option("./val.txt", "their labels: lines of 'name class-ID'")
-    bgr_to_rgb: bool = option(True, "the network takes RGB, OpenCV reads BGR")
+    bgr_to_rgb: bool = option(True, "the network takes RGB, OpenCV reads BGR", parse_bool)
 
 
 @dataclass
 class TestClsModuleConfig:
-    """Test mode. Strings, as on the command line of classification.py."""
+    """Test mode."""
 
     __test__ = False
 
@@ -46,18 +52,18 @@ class TestClsModuleConfig:
     test_module_name: str = option("classification", "suffix of the result's file name")
     test_module_path: str = option("classification.py", "the script that test mode runs")
     input_img: str = option(os.path.join(CLS_TEST_DATA_DIR, "red_panda.jpg"), "the test picture")
-    model: str = option("", "a converted network (.onnx) to use instead of converting one")
-    frame_height: str = option(str(TestClsConfig.frame_size), "height of the blob, px")
-    frame_width: str = option(str(TestClsConfig.frame_size), "width of the blob, px")
-    scale: str = option("1.0", "blobFromImage's scalefactor")
-    mean: list[str] = option(
-        ["0.0", "0.0", "0.0"], "blobFromImage's mean, subtracted before scaling"
+    model: str = ""  # filled in: the converted network
+    frame_height: int = option(TestClsConfig.frame_size, "height of the blob, px", positive_int)
+    frame_width: int = option(TestClsConfig.frame_size, "width of the blob, px", positive_int)
+    scale: float = option(1.0, "blobFromImage's scalefactor", non_zero)
+    mean: list = option(
+        [0.0, 0.0, 0.0], "blobFromImage's mean, subtracted before scaling", finite, nargs=3
     )
-    std: list[str] = option([], "divide the channels of the blob by these")
-    crop: str = option("False", "blobFromImage's crop")
-    rgb: str = option("True", "blobFromImage's swapRB")
-    rsz_height: str = option("", "resize the picture to this height first, px")
-    rsz_width: str = option("", "resize the picture to this width first, px")
+    std: list = option([], "divide the channels of the blob by these", non_zero, nargs=3)
+    crop: bool = option(False, "blobFromImage's crop", parse_bool)
+    rgb: bool = option(True, "blobFromImage's swapRB", parse_bool)
+    rsz_height: int = option(None, "resize the picture to this height first, px", positive_int)
+    rsz_width: int = option(None, "resize the picture to this width first, px", positive_int)
     classes: str = option(
         os.path.join(CLS_TEST_DATA_DIR, "imagenet_classes.txt"), "file of class names, one per line"
     )

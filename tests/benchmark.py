@@ -25,7 +25,7 @@ from torchvision import models
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import OneLineParser, read_zoo  # noqa: E402
+from classification import OneLineParser, read_zoo  # noqa: E402
 
 PICTURE = ROOT / "test_data" / "cls" / "red_panda.jpg"
 RUNS = 15
@@ -47,12 +47,14 @@ cv2.imwrite("result.jpg", image)
 VIDEO_LOOP = """
 import sys, time, cv2
 sys.path.insert(0, sys.argv[3])
-from classification import TORCHVISION_PREPROCESSING, get_blob, read_onnx
+from types import SimpleNamespace
+from classification import TORCHVISION, get_blob, read_onnx
+preprocessing = SimpleNamespace(**TORCHVISION)
 net, capture, frames = read_onnx(sys.argv[1], sys.argv[4]), cv2.VideoCapture(sys.argv[2]), 0
 read, frame = capture.read()
 start = time.perf_counter()
 while read:
-    net.setInput(get_blob(frame, TORCHVISION_PREPROCESSING))
+    net.setInput(get_blob(frame, preprocessing))
     net.forward()
     frames += 1
     read, frame = capture.read()
@@ -116,7 +118,7 @@ def main():
 
         squeezenet = ["--model_name", "squeezenet1_0", "--weights", "random", "--evaluate", "no"]
         seconds(ROOT / "py_to_py_cls.py", *squeezenet)
-        for network in ("resnet50", "squeezenet1_0-random"):
+        for network in ("resnet50-trained", "squeezenet1_0-random"):
             for size in ((640, 480), (1280, 720)):
                 write_video("video.mp4", size)
                 path = f"models/{network}.onnx"

@@ -8,6 +8,7 @@ programs run in turn, each in a process of its own; times are of their loops, wi
 """
 
 import argparse
+import csv
 import json
 import os
 import statistics
@@ -45,9 +46,9 @@ def tutorial_loop(name, folder):
     """The tutorial's evaluation as it stands: a picture after the other, then both networks."""
     import torch
 
-    from networks import Weights, load_network
+    from networks import Request, load_network
 
-    model = load_network(name, Weights("random", "random")).model
+    model = load_network(Request(name, "random")).model
     net = cv2.dnn.readNetFromONNX(f"models/{name}-random.onnx")
     mean = np.float32([0.485, 0.456, 0.406])
     std = np.float32([0.229, 0.224, 0.225])
@@ -75,25 +76,31 @@ def run(*command):
 
 
 def run_evaluation(name, folder):
-    """The summary that py_to_py_cls.py writes."""
+    """(the summary that py_to_py_cls.py writes, seconds of its forward passes, from its table)."""
     options = ["--weights", "random", "--img_root_dir", folder, "--img_cls_file", "labels.txt"]
     run(ROOT / "py_to_py_cls.py", "--model_name", name, *options, "--batch_size", BATCH)
-    return json.loads(Path(f"logs/{name}-random_summary.json").read_text())
+    with open(f"logs/{name}-random_pictures.csv", newline="") as file:
+        ms = [float(row["pytorch_ms"]) + float(row["opencv_ms"]) for row in csv.DictReader(file)]
+    return json.loads(Path(f"logs/{name}-random_summary.json").read_text()), sum(ms) / 1000
 
 
 def get_logits(name, folder, engine, number):
     """Both networks' logits as py_to_py_cls.py has them, (2, number, classes)."""
-    from common import TORCHVISION_PREPROCESSING, read_onnx, read_picture
-    from evaluation import get_centre_blob, prepare_pytorch
-    from networks import Weights, load_network
+    import torch
+
+    from classification import read_onnx, read_picture
+    from evaluation import get_centre_blob
+    from networks import Request, load_network, run_pytorch
     from verify import run_opencv
 
+    network = load_network(Request(name, "random"))
     paths = [f"{folder}/{n}" for n in sorted(os.listdir(folder))[:number]]
-    blobs = [get_centre_blob(read_picture(path), TORCHVISION_PREPROCESSING) for path in paths]
+    blobs = [get_centre_blob(read_picture(path), network.preprocessing) for path in paths]
     blob = np.concatenate(blobs)
     net = read_onnx(f"models/{name}-random.onnx", engine)
-    model = load_network(name, Weights("random", "random")).model
-    return np.stack([prepare_pytorch(model)(blob), run_opencv(net, blob)])
+    model = network.model.to(memory_format=torch.channels_last)
+    logits = run_pytorch(model, blob, memory_format=torch.channels_last)
+    return np.stack([logits, run_opencv(net, blob)])
 
 
 def compare_programs(name, folder, rounds):
@@ -111,10 +118,10 @@ def compare_programs(name, folder, rounds):
         Path("labels.txt").write_text(
             "".join(f"{n} {label}\n" for n, label in zip(names, labels, strict=True))
         )
-        summary = run_evaluation(name, folder)
+        summary, forward_seconds = run_evaluation(name, folder)
         networks = [summary[key] for key in summary if key == "PyTorch" or key.startswith("OpenCV")]
         speed.append(tutorial / summary["seconds"])
-        overhead.append(summary["seconds"] / summary["forward_seconds"])
+        overhead.append(summary["seconds"] / forward_seconds)
         accuracy = [100 * (o.argmax(axis=1) == labels).mean() for o in logits]
         same = np.allclose([n["top1"] for n in networks], accuracy, rtol=0, atol=1e-9)
     engine = summary["engine"]

@@ -85,7 +85,6 @@ def run(folder, env, monkeypatch, capfd):
     import cv2
 
     import classification
-    import common
 
     # the scripts' own folder may hold the models.yml of a user who has tried them
     monkeypatch.setattr(classification, "__file__", str(folder / "classification.py"))
@@ -103,7 +102,7 @@ def run(folder, env, monkeypatch, capfd):
         modules, path = set(sys.modules), list(sys.path)
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            common.run(module.main)
+            classification.run(module.main)
         out, err = capfd.readouterr()
         for name in set(sys.modules) - modules:  # the user's own, which a test changes
             if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
@@ -201,19 +200,24 @@ def put_weights(env, monkeypatch):
 
 @pytest.fixture(scope="session")
 def converted(weights, tmp_path_factory):
-    """The file that the project makes of it, verified."""
-    import common
-    from conversion import convert
-    from networks import load_network, parse_weights
+    """The folder models/ that `--weights trained.pth` leaves, without a run of the program."""
+    from classification import get_blob, read_picture
+    from common import write_entry
+    from conversion import convert, get_made_from
+    from networks import Request, load_network
     from verify import get_references
 
-    network = load_network("squeezenet1_1", parse_weights("squeezenet1_1", str(weights)))
-    path = tmp_path_factory.mktemp("converted") / "squeezenet1_1.onnx"
-    picture = common.read_picture(PICTURES / "red_panda.jpg")
-    blob = common.get_blob(picture, network.preprocessing)
-    converted = convert(network, path, get_references(network.model, blob))
-    common.add_to_zoo("squeezenet1_1", converted, network.preprocessing, None)
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("converted"))
+        network = load_network(Request("squeezenet1_1", str(weights)))
+        blob = get_blob(read_picture(PICTURES / "red_panda.jpg"), network.preprocessing)
+        converted = convert(network, get_references(network.model, blob))
+        names = PICTURES / "imagenet_classes.txt"
+        options = {"given": {}, "as_network_wants": True}
+        options["classes"] = hashlib.sha256(names.read_bytes()).hexdigest()
+        made_from = get_made_from(network.request, options)
+        write_entry(converted, network.preprocessing, names, made_from)
+        return converted.path.absolute().parent
 
 
 @pytest.fixture(scope="session")

@@ -78,7 +78,7 @@ def prepare():
 
 CONVERT = ["--model_name", "my_net:build", "--weights", "net.pth", "--evaluate", "False"]
 MODEL = "models/my_net-build-net.onnx"
-ENTRY = ["my_net-build", "--input", str(PICTURE)]
+ENTRY = ["my_net-build-net", "--input", str(PICTURE)]
 
 
 def run_case(seed):
@@ -113,12 +113,12 @@ def run_case(seed):
     Path("val.txt").write_text("koala.jpg 3\nfig.jpg 2\n")
     damage("val.txt", "val.txt")
     data = ["--img_root_dir", str(PICTURE.parent), "--img_cls_file", "val.txt"]
-    return call("py_to_py_cls", *CONVERT[:4], *data, "--classes", "six.txt", "--model", MODEL)
+    return call("py_to_py_cls", *CONVERT[:4], *data, "--classes", "six.txt")
 
 
 def call(script, *args):
     """(exit code, stderr) of a script's main() in this process."""
-    import common
+    from classification import run
 
     module = __import__(script)
     sys.argv = [f"{script}.py", *args]
@@ -127,7 +127,7 @@ def call(script, *args):
     code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            common.run(module.main)
+            run(module.main)
         except SystemExit as exit_:
             code = exit_.code or 0
         except BaseException:

@@ -14,6 +14,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -27,27 +28,19 @@ import cv2
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import (  # noqa: E402
-    NetworksDisagree,
-    OneLineParser,
-    RequestError,
-    get_blob,
-    read_picture,
-    run,
-    whole_file,
-)
-from conversion import export_by_dynamo, export_by_torchscript, rewrite  # noqa: E402
-from evaluation import get_processor  # noqa: E402
-from networks import Weights, load_network, run_pytorch  # noqa: E402
-from py_to_py_cls import get_torchvision_names  # noqa: E402
-from verify import get_references, locate, time_pass, verify_engine  # noqa: E402
+from classification import OneLineParser, RequestError, get_blob, read_picture, run  # noqa: E402
+from common import NetworksDisagree, whole_file  # noqa: E402
+from conversion import NotConvertible, check_branches, export, rewrite  # noqa: E402
+from locate import locate  # noqa: E402
+from networks import Request, get_torchvision_names, load_network, run_pytorch  # noqa: E402
+from verify import get_references, time_pass, verify_engine  # noqa: E402
 
 RECORDS = Path("logs") / "results_table.jsonl"
 TABLE = ROOT / "RESULTS.md"
 CHART = ROOT / "images" / "results.png"
 PICTURE = ROOT / "test_data" / "cls" / "red_panda.jpg"
 TIMM = "timm."  # a family of timm's: timm.resnet
-EXPORTERS = {"TorchScript": export_by_torchscript, "new": export_by_dynamo}
+EXPORTERS = {"TorchScript": False, "new": True}  # whether it is the new one
 ENGINES = ("new", "classic")
 
 
@@ -58,6 +51,15 @@ def get_versions():
         "processor": get_processor(),
         "threads": cv2.getNumThreads(),
     }
+
+
+def get_processor():
+    """The processor's name; platform.processor() has none on Linux."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def get_timm_version():
@@ -91,7 +93,7 @@ def load_timm_network(family):
     name = min(sizes, key=sizes.get)
     sys.modules["timm_network"] = module = types.ModuleType("timm_network")
     setattr(module, name, functools.partial(timm.create_model, name))
-    return load_network(f"timm_network:{name}", Weights("random", "random"))
+    return load_network(Request(f"timm_network:{name}", "random"))
 
 
 def measure(name):
@@ -99,7 +101,7 @@ def measure(name):
     if name.startswith(TIMM):
         network = load_timm_network(name.removeprefix(TIMM))
     else:
-        network = load_network(name, Weights("random", "random"))
+        network = load_network(Request(name, "random"))
     model, size = network.model, network.preprocessing.width
     blob = get_blob(read_picture(PICTURE), network.preprocessing)
     references = get_references(model, blob)
@@ -111,15 +113,20 @@ def measure(name):
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.onnx"
-        for exporter, export in EXPORTERS.items():
-            start = time.perf_counter()
+        for exporter, dynamo in EXPORTERS.items():
             try:
-                export(model, path, blob.shape)
+                start = time.perf_counter()
+                warned = export(model, path, blob.shape, dynamo)
+                rewrite(path)
+                seconds = time.perf_counter() - start
+                check_branches(model, blob.shape, warned)
+            except NotConvertible as error:
+                record["failure"] = str(error)
+                break
             except RequestError as error:
                 record["failure"] = str(error)
                 continue
-            rewrite(path)
-            record |= {"exporter": exporter, "export_s": time.perf_counter() - start}
+            record |= {"exporter": exporter, "export_s": seconds}
             # over 2 GB the weights lie beside the file
             files = [path, Path(f"{path}.data")]
             record["mb"] = sum(f.stat().st_size for f in files if f.exists()) / 2**20
@@ -245,11 +252,12 @@ def write_tables(records):
         f"OpenCV {versions['opencv']}, PyTorch {versions['torch']}, onnx {versions['onnx']}; "
         f"{versions['processor']}, {versions['threads']} threads.",
         "",
-        "Seeded random weights, on a photograph, a dark and a bright copy of it, and noise. "
-        "*relative error* is max|a - b| / max|a| of the logits; *class* is how many of the five "
-        "pictures get the same class from both. The file takes any batch size; an engine that runs "
-        "it for one picture but not for two counts as one that can't run it. *ms* is one forward "
-        "pass with one picture, the least of several.",
+        "Seeded random weights, on a photograph, a dark, a bright and a grey copy of it, noise, "
+        "zeros, and the photograph in 0 to 255, unless PyTorch's answer to that hangs on rounding. "
+        "*relative error* is max|a - b| / max|a| of the logits; *class* is how many of the eight "
+        "or seven pictures get the same class from both. The file takes any batch size; an engine "
+        "that runs it for one picture but not for three counts as one that can't run it. *ms* is "
+        "one forward pass with one picture, the least of several.",
     ]
     torchvision = [r for r in records if not r["network"].startswith(TIMM)]
     timm = [r for r in records if r["network"].startswith(TIMM)]

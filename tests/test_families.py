@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conversion import convert
-from networks import Weights, load_network
+from networks import Request, load_network
 from verify import get_references
 
 # The size of the pictures: their own if they take no other, else one that takes less time.
@@ -47,9 +47,10 @@ LARGE = {
         for name, size in FAMILIES.items()
     ],
 )
-def test_family(tmp_path, name, size):
+def test_family(tmp_path, monkeypatch, name, size):
     """The random network answers each picture differently, and OpenCV answers the same."""
-    network = load_network(name, Weights("random", "random"), size)
+    monkeypatch.chdir(tmp_path)
+    network = load_network(Request(name, "random", width=size, height=size))
     model = network.model
     generator = np.random.default_rng(5)
     blob = generator.standard_normal((3, 3, size, size)).astype(np.float32)
@@ -59,9 +60,9 @@ def test_family(tmp_path, name, size):
     assert spread > 0.01
     assert 1e-3 < np.abs(expected).max() < 1e3
 
-    path = tmp_path / f"{name}.onnx"
-    engines = convert(network, path, get_references(model, blob[:1])).engines
-    net = cv2.dnn.readNetFromONNX(str(path), getattr(cv2.dnn, f"ENGINE_{engines[0].upper()}"))
+    converted = convert(network, get_references(model, blob[:1]))
+    engine = getattr(cv2.dnn, f"ENGINE_{converted.engines[0].upper()}")
+    net = cv2.dnn.readNetFromONNX(str(converted.path), engine)
     for batch in (1, 3, 2):
         net.setInput(blob[:batch])
         output = net.forward()

@@ -1,276 +1,37 @@
-"""The user's own weights, and the user's own architecture."""
+"""People's own networks: from their code to an answer, and what can't be converted."""
 
-import argparse
 import json
-import pathlib
 import re
-from types import SimpleNamespace
+import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import PICTURES, check_one_line, read_answer
 from torchvision import models
 
-from common import NetworksDisagree, Preprocessing, RequestError
-from conversion import get_onnx_path
-from networks import (
-    Weights,
-    build_network,
-    get_preprocessing,
-    load_network,
-    load_weights,
-    parse_weights,
-    run_pytorch,
-    scale_frame,
-)
+import conversion
+from classification import RequestError
+from common import NetworksDisagree, Preprocessing
+from conversion import convert
+from networks import Request, load_network, read_transforms, run_pytorch, scale_frame
+from py_to_py_cls import model_name
 from verify import get_references, verify
 
 KOALA = PICTURES / "koala.jpg"
+CONVERT = ["--evaluate", "False", "--frame_size", "56", "--model_name"]
+BLOB = np.random.default_rng(1).uniform(-2, 2, (1, 3, 56, 56)).astype(np.float32)
 
-
-@pytest.fixture(scope="module")
-def seven():
-    """A network of seven classes to be treated as if it were trained."""
-    torch.manual_seed(4)
-    return models.squeezenet1_1(num_classes=7).eval()
-
-
-def classify(model, picture, mean, std, size=224, resize=256):
-    """PyTorch's logits, without the project's code."""
-    rgb = cv2.imread(str(picture))[:, :, ::-1].astype(np.float32)
-    rgb = cv2.resize(cv2.resize(rgb, (resize, resize)), (size, size))
-    blob = ((rgb - mean) / 255 / std).astype(np.float32)
-    with torch.no_grad():
-        return model(torch.from_numpy(blob).permute(2, 0, 1)[None])[0].numpy()
-
-
-def test_own_weights_and_labels(run, folder, seven):
-    """Another number of classes, as DataParallel saves it, from the command line to the answer."""
-    state = {f"module.{key}": value for key, value in seven.state_dict().items()}
-    torch.save({"state_dict": state, "epoch": 90}, folder / "my.pth")
-    (folder / "my_labels.txt").write_text("a\nb\nc\nd\ne\nf\ng\n")
-    options = ["--model_name", "squeezenet1_1", "--weights", "my.pth", "--test", "True"]
-    options += ["--input_img", KOALA]
-
-    # labels that don't fit are reported before the network is converted
-    (folder / "six.txt").write_text("a\nb\nc\nd\ne\nf\n")
-    result = run("py_to_py_cls.py", *options, "--classes", "six.txt")
-    check_one_line(result, "six.txt", "6 lines", "7 outputs")
-    assert not (folder / "models").exists()
-
-    result = run("py_to_py_cls.py", *options, "--classes", "my_labels.txt")
-    assert result.returncode == 0, result.stderr
-    logits = classify(seven, KOALA, [123.675, 116.28, 103.53], [0.229, 0.224, 0.225])
-    assert read_answer(result.stdout) == (logits.argmax(), pytest.approx(logits.max(), abs=1e-4))
-    assert f"label: {'abcdefg'[logits.argmax()]}" in result.stdout
-
-    # by its name, with nothing but cv2; the class names come along
-    again = run("classification.py", "squeezenet1_1", "--input", KOALA)
-    assert read_answer(again.stdout) == read_answer(result.stdout)
-    assert f"label: {'abcdefg'[logits.argmax()]}" in again.stdout
-
-
-def check_loaded(path, seven):
-    """The file gives squeezenet1_1 the answers of `seven`."""
-    model = load_weights("squeezenet1_1", path)
-    batch = torch.randn(2, 3, 96, 96, generator=torch.manual_seed(5))
-    with torch.no_grad():
-        assert torch.equal(model(batch), seven(batch))
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "net."])
-@pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict", "net"])
-def test_wrapped_checkpoints(tmp_path, seven, prefix, key):
-    state = {prefix + name: value for name, value in seven.state_dict().items()}
-    torch.save(state if key is None else {"epoch": 3, key: state}, tmp_path / "my.pth")
-    check_loaded(tmp_path / "my.pth", seven)
-
-
-def averaged(model):
-    """The state dict of the average that an EMA keeps: another model, so another answer."""
-    average = torch.optim.swa_utils.AveragedModel(model)
-    with torch.no_grad():
-        for parameter in average.parameters():
-            parameter += 0.1
-    return average.state_dict()
-
-
-def prefixed(model, prefix):
-    return {prefix + name: value for name, value in model.state_dict().items()}
-
-
-def reference_script(model):
-    """What torchvision's references/classification/train.py saves, with --model-ema."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # without a gradient the weights stay, and the optimizer has a state
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 30)
-    args = argparse.Namespace(lr=0.1, output_dir=".", data_path=pathlib.Path("/data"), amp=None)
-    return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "lr_scheduler": schedule.state_dict(),
-        "epoch": 3,
-        "args": args,
-        "model_ema": averaged(model),
-        "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 0},
-    }
-
-
-def lightning(model, prefix):
-    """What a LightningModule with the network as an attribute saves."""
-    return {
-        "epoch": 3,
-        "global_step": np.int64(1200),
-        "pytorch-lightning_version": "2.5.0",
-        "state_dict": prefixed(model, prefix),
-        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
-        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.9), "dirpath": "."}},
-        "optimizer_states": [],
-        "hyper_parameters": {"lr": 0.1},
-    }
-
-
-CHECKPOINTS = {
-    "torchvision's reference script": reference_script,
-    "Lightning, model": lambda m: lightning(m, "model."),
-    "Lightning, net": lambda m: lightning(m, "net."),
-    "Lightning, compiled": lambda m: lightning(m, "model._orig_mod."),
-    "EMA": lambda m: {"epoch": 3, "model_ema": m.state_dict()},
-    "EMA of AveragedModel": lambda m: {
-        "model_ema": torch.optim.swa_utils.AveragedModel(m).state_dict()
-    },
-    "AveragedModel": lambda m: torch.optim.swa_utils.AveragedModel(m).state_dict(),
-    "net and accuracy": lambda m: {"net": prefixed(m, "module."), "acc": 93.1, "epoch": 5},
-    "NumPy scalars": lambda m: {
-        "acc": np.float64(93.1), "loss": np.float32(0.5), "epoch": np.int64(5),
-        "best": np.bool_(True), "state_dict": m.state_dict(),
-    },
-    "paths": lambda m: {
-        "from": pathlib.Path("runs/1"), "at": pathlib.PureWindowsPath("C:/x"), "net": m.state_dict()
-    },
-    "options": lambda m: {
-        "opt": argparse.Namespace(out=pathlib.Path("x"), inner=argparse.Namespace(b=np.float64(1))),
-        "net": m.state_dict(),
-    },
-    "another network first": lambda m: {
-        "teacher": torch.nn.Linear(2, 2).state_dict(), "student": m.state_dict()
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_checkpoints_of_training_scripts(tmp_path, seven, kind):
-    """Each has the weights somewhere among other things."""
-    path = tmp_path / "my.pth"
-    torch.save(CHECKPOINTS[kind](seven), path)
-    check_loaded(path, seven)
-    torch.save(CHECKPOINTS[kind](seven), path, _use_new_zipfile_serialization=False)
-    check_loaded(path, seven)
-
-
-def test_which_of_two_weights_is_taken_is_said(tmp_path, seven, capsys):
-    path = tmp_path / "my.pth"
-    torch.save(reference_script(seven), path)
-    load_weights("squeezenet1_1", path)
-    assert f"{path}: weights in 'model' and 'model_ema': taking 'model'" in capsys.readouterr().out
-    torch.save({"state_dict": seven.state_dict()}, path)
-    load_weights("squeezenet1_1", path)
-    assert capsys.readouterr().out == ""
-
-
-def test_weights_key_chooses(tmp_path, seven, capsys):
-    path = tmp_path / "my.pth"
-    checkpoint = reference_script(seven)
-    torch.save(checkpoint, path)
-    model = load_weights("squeezenet1_1", path, weights_key="model_ema")
-    expected = checkpoint["model_ema"]["module.classifier.1.bias"]
-    assert torch.equal(model.classifier[1].bias, expected)
-    assert not torch.equal(expected, seven.classifier[1].bias)
-    assert capsys.readouterr().out == ""
-    with pytest.raises(RequestError, match="no state dict 'ema' in it, only model, optimizer"):
-        load_weights("squeezenet1_1", path, weights_key="ema")
-    both = [parse_weights("squeezenet1_1", str(path), key) for key in (None, "model_ema")]
-    names = [get_onnx_path("squeezenet1_1", weights, "models").name for weights in both]
-    assert names == ["squeezenet1_1-my.onnx", "squeezenet1_1-my-model_ema.onnx"]
-    with pytest.raises(RequestError, match="--weights_key needs --weights FILE"):
-        parse_weights("squeezenet1_1", None, "model_ema")
-
-
-def test_safetensors(monkeypatch, tmp_path, seven):
-    """The file written here by its specification: length, JSON, tensors."""
-    header, data = {}, b""
-    for key, value in seven.state_dict().items():
-        content = value.contiguous().numpy().tobytes()
-        offsets = [len(data), len(data) + len(content)]
-        header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": offsets}
-        data += content
-    text = json.dumps(header).encode()
-    path = tmp_path / "my.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    check_loaded(path, seven)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RequestError, match="pip install safetensors"):
-        load_weights("squeezenet1_1", path)
-
-
-def test_another_architecture_names_the_keys(tmp_path, seven):
-    torch.save(seven.state_dict(), tmp_path / "my.pth")
-    with pytest.raises(RequestError) as caught:
-        load_weights("mobilenet_v3_small", tmp_path / "my.pth")
-    assert "missing key features.0.0.weight (and " in str(caught.value)
-    assert "unexpected key features.0.weight (and " in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", ["as PyTorch saves it", "as torchvision 0.2 saved it"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mobilenet_v2",
-        pytest.param("vit_b_32", marks=pytest.mark.slow),
-        "swin_t",
-        "densenet121",
-        "mnasnet0_5",
-        "regnet_y_400mf",
-    ],
-)
-def test_the_head_is_sized_from_the_file(tmp_path, name, kind):
-    """Of each architecture that torchvision builds or loads in a way of its own."""
-    saved = models.get_model(name, num_classes=13).state_dict()
-    state = type(saved)((k, torch.rand(v.shape).to(v.dtype)) for k, v in saved.items())
-    if kind == "as PyTorch saves it":
-        state._metadata = saved._metadata
-    else:  # without versions and counts of batches, and DenseNet's layers called norm.1
-        layer = re.compile(r"(denselayer\d+\.(?:norm|conv))([12]\.)")
-        state = {layer.sub(r"\1.\2", k): v for k, v in state.items() if "num_batches" not in k}
-    torch.save(state, tmp_path / "my.pth")
-    loaded = load_weights(name, tmp_path / "my.pth").state_dict()
-    assert 13 in {len(value) for value in loaded.values() if value.ndim}
-    if kind != "as PyTorch saves it":
-        loaded = {key: value for key, value in loaded.items() if "num_batches" not in key}
-    assert all(map(torch.equal, state.values(), loaded.values()))
-    assert len(state) == len(loaded)
-
-
-def test_inception_that_was_trained_from_torchvisions(tmp_path, capsys):
-    """Auxiliary heads in the file are left out; the input is transformed, and that is said."""
-    with torch.device("meta"):
-        state = models.inception_v3(num_classes=5, init_weights=False).state_dict()
-    assert any(key.startswith("AuxLogits.") for key in state)
-    state = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in state.items()}
-    torch.save(state, tmp_path / "my.pth")
-    weights = parse_weights("inception_v3", str(tmp_path / "my.pth"))
-    model = load_network("inception_v3", weights).model
-    assert model.transform_input and model.AuxLogits is None and model.fc.out_features == 5
-    assert "transform_input=True" in capsys.readouterr().err
-
-
-MY_MODULE = '''
+MY_MODULE = """
+import argparse, collections, itertools, sys, types
+import numpy as np
 import torch
 from torch import nn
+
+count = itertools.count()
 
 class Net(nn.Module):
     def __init__(self):
@@ -280,103 +41,109 @@ class Net(nn.Module):
         self.fc = nn.Linear(16, 10)
 
     def forward(self, x):
-        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+        logits = self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+        return logits
 
-def broken():
-    return 1 / 0
+build = Net
+"""
+IF_EXPORTED = "if torch.onnx.is_in_onnx_export() else logits"
 
-def number():
-    return 5
 
-class Two(Net):
-    def forward(self, x):
-        return super().forward(x), x
+def write(file, returns="logits", more=""):
+    """Your file, with a `build` whose forward returns the expression; more: code at its end."""
+    text = f"{MY_MODULE.replace('return logits', f'return {returns}')}{more}\n"
+    file.write_text(text)
+    return text
 
-class Module(nn.Module):
-    """Its keys begin as those of DataParallel do."""
-    def __init__(self):
-        super().__init__()
-        self.module = Net()
-    def forward(self, x):
-        return self.module(x)
 
-class InPlace(Net):
-    def forward(self, x):
-        for channel in x.unbind(1):
-            channel.clamp_(-0.3, 0.3)
-        return super().forward(x)
+def build(returns="logits"):
+    """The network of such a file, without the project's code."""
+    namespace = {"__name__": "my_module"}
+    exec(MY_MODULE.replace("return logits", f"return {returns}"), namespace)
+    return namespace["build"]().eval()
 
-class Double(Net):
-    def forward(self, x):
-        return super().forward(x).double()
 
-def stop():
-    raise SystemExit(0)
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """own(returns, more, ...): the Network of such a file in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
-class Leaving(Net):
-    def forward(self, x):
-        raise SystemExit(0)
+    def own(returns="logits", more="", weights="", width=56, height=56):
+        write(tmp_path / "my_module.py", returns, more)
+        sys.modules.pop("my_module", None)
+        return load_network(Request("my_module:build", weights, "", width, height))
 
-class LeavingLater(Net):
-    """Ends the process when it is exported."""
-    def forward(self, x):
-        if torch.onnx.is_in_onnx_export():
-            raise SystemExit(0)
-        return super().forward(x)
+    yield own
+    sys.modules.pop("my_module", None)
 
-class Timm(Net):
-    pretrained_cfg = {
-        "input_size": (3, 48, 56), "mean": (0.5, 0.25, 0.75), "std": (0.5, 0.2, 0.1),
-        "crop_pct": 0.875, "interpolation": "bicubic",
-    }
 
-class OlderTimm(Net):
-    default_cfg = {"input_size": (3, 64, 64), "mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0)}
+@pytest.fixture
+def convert_own(own):
+    """convert_own(returns, more, allow_branches): the Converted file of the same."""
 
-class HalfTimm(Net):
-    pretrained_cfg = {"input_size": (3, 64, 64)}
+    def convert_own(returns="logits", more="", allow_branches=False):
+        network = own(returns, more)
+        return convert(network, get_references(network.model, BLOB), allow_branches)
 
-class Blind(Net):
-    """Never looks at the picture."""
-    def forward(self, x):
-        return super().forward(x * 0)
-'''
+    return convert_own
+
+
+# --- from the command line to the answer ----------------------------------------------------------
+
+
+def test_own_weights_and_labels(run, folder, get_logits):
+    """Another number of classes, as DataParallel saves it."""
+    torch.manual_seed(4)
+    seven = models.squeezenet1_1(num_classes=7).eval()
+    torch.save({"state_dict": torch.nn.DataParallel(seven).state_dict()}, folder / "my.pth")
+    (folder / "six.txt").write_text("a\nb\nc\nd\ne\nf\n")
+    (folder / "seven.txt").write_text("a\nb\nc\nd\ne\nf\ng\n")
+    options = ["--model_name", "squeezenet1_1", "--weights", "my.pth", "--test", "True"]
+    options += ["--input_img", KOALA, "--classes"]
+
+    # labels that don't fit are reported before the network is converted
+    check_one_line(run("py_to_py_cls.py", *options, "six.txt"), "six.txt", "6 lines", "7 outputs")
+    assert not (folder / "models").exists()
+
+    result = run("py_to_py_cls.py", *options, "seven.txt")
+    assert result.returncode == 0, result.stderr
+    # by its name, with nothing but cv2; the class names come along
+    again = run("classification.py", "squeezenet1_1-my", "--input", KOALA)
+    logits = get_logits(seven, KOALA, False)
+    for text in (result.stdout, again.stdout):
+        assert read_answer(text) == (logits.argmax(), pytest.approx(logits.max(), abs=1e-4))
+        assert f"label: {'abcdefg'[logits.argmax()]}" in text
 
 
 def test_own_architecture(run, folder):
     """A class in a file beside the user, with a frame size and preprocessing of its own."""
-    (folder / "my_module.py").write_text(MY_MODULE)
+    write(folder / "my_module.py")
     options = ["--model_name", "my_module:Net", "--frame_size", "56", "--mean", "10", "20", "30"]
     options += ["--std", "0.5", "0.5", "0.5", "--test", "True", "--input_img", KOALA]
     result = run("py_to_py_cls.py", *options)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    namespace = {}
-    exec(MY_MODULE, namespace)
-    logits = classify(namespace["Net"](), KOALA, [10, 20, 30], [0.5, 0.5, 0.5], 56, 64)
+    rgb = cv2.imread(str(KOALA))[:, :, ::-1].astype(np.float32)
+    blob = (cv2.resize(cv2.resize(rgb, (64, 64)), (56, 56)) - [10, 20, 30]) / 255 / 0.5
+    logits = run_pytorch(build(), blob.transpose(2, 0, 1)[None].astype(np.float32))[0]
     answer = (logits.argmax(), pytest.approx(logits.max(), abs=1e-4))
     assert read_answer(result.stdout) == answer
     assert f"label: Class #{logits.argmax()}" in result.stdout
-    again = run("classification.py", "my_module-Net", "--input", KOALA)
+    again = run("classification.py", "my_module-Net-56", "--input", KOALA)
     assert read_answer(again.stdout) == answer
 
     # other code with the same weights is another network
-    (folder / "my_module.py").write_text(MY_MODULE.replace(".mean((2, 3))", ".amax((2, 3))"))
+    write(folder / "my_module.py", "2 * logits")
     result = run("py_to_py_cls.py", *options)
     assert "converted and verified before" not in result.stdout
-    assert read_answer(result.stdout) != answer
+    assert read_answer(result.stdout) == (answer[0], pytest.approx(2 * logits.max(), abs=1e-4))
 
 
 def test_evaluation_of_pictures_that_are_not_square(run, folder):
     """A network that carries timm's pretrained_cfg, for pictures 48 px wide and 32 px high."""
     config = {"input_size": (3, 32, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.8}
-    build = f"""
-def build():
-    model = Net()
-    model.pretrained_cfg = {config}
-    return model
-"""
-    (folder / "my_module.py").write_text(MY_MODULE + build)
+    write(folder / "my_module.py", more=f"Net.pretrained_cfg = {config}")
     labels = folder / "labels.txt"
     labels.write_text("".join(f"{picture.name} 0\n" for picture in sorted(PICTURES.glob("*.jpg"))))
     options = ["--img_root_dir", PICTURES, "--img_cls_file", labels]
@@ -385,166 +152,334 @@ def build():
     assert re.search(r"same class (\d+) of \1\n", result.stdout)
 
 
-@pytest.mark.parametrize("name", ["Leaving", "LeavingLater"])
-def test_own_architecture_that_ends_the_process(run, folder, name):
-    """A SystemExit of the network's code is an error, not the script's success."""
-    (folder / "my_module.py").write_text(MY_MODULE)
-    options = ["--model_name", f"my_module:{name}", "--frame_size", "56", "--evaluate", "False"]
-    result = run("py_to_py_cls.py", *options)
+def test_your_files_win_over_ours(run, folder):
+    """Files called like the project's own, one that imports another; and a path as the module."""
+    write(folder / "common.py")
+    (folder / "networks.py").write_text("from common import build\n")
+    result = run("py_to_py_cls.py", *CONVERT, "./networks.py:build")
+    assert result.returncode == 0, result.stderr
+    net = cv2.dnn.readNetFromONNX(str(folder / "models" / "networks-build-56.onnx"))
+    net.setInput(BLOB)
+    assert np.allclose(net.forward(), run_pytorch(build(), BLOB), atol=1e-5)
+    for text in ("./utils.py:build", "utils.py:build", "utils:build"):
+        assert model_name(text) == "utils:build"
+
+
+@pytest.mark.parametrize(
+    "option, code, words",
+    [
+        ("--lr", 0, "NOTE: my_module:build declares no preprocessing"),
+        ("data", 2, 'my_module:build: .*SystemExit: 2.*if __name__ == "__main__"'),
+    ],
+)
+def test_a_training_script_as_module(run, folder, option, code, words):
+    """It parses a command line on import: it gets an empty one, and mustn't end ours."""
+    parse = f"p = argparse.ArgumentParser('train.py')\np.add_argument('{option}')\np.parse_args()"
+    write(folder / "my_module.py", more=parse)
+    result = run("py_to_py_cls.py", *CONVERT, "my_module:build")
+    *usage, line = result.stderr.splitlines()
+    assert re.search(words, line) and result.returncode == code
+    assert ("usage: train.py" in "".join(usage)) == (code == 2)
+
+
+OTHER_SIZE = "can't take a 56x56 picture, .* --frame_size"
+EXPORT = "torch.export.export(Net().eval(), (torch.zeros(1, 3, 56, 56),)).module()"
+
+
+@pytest.mark.parametrize(
+    "returns, more, raised, words",
+    [
+        ("logits", "build = lambda: 1 / 0", "ZeroDivisionError: division by zero", ""),
+        ("int('my words')", "", "ValueError: .*'my words'", OTHER_SIZE),
+        ("sys.exit(0)", "", "SystemExit: 0", OTHER_SIZE),
+        (f"sys.exit(0) {IF_EXPORTED}", "", "", "can't export .*SystemExit"),
+        ("logits", f"build = lambda: {EXPORT}", "", "returns an exported program; return the mod"),
+    ],
+)
+def test_code_that_fails_as_the_user_sees_it(run, folder, returns, more, raised, words):
+    """It keeps its traceback; exit 2, since 1 would say that the networks disagree."""
+    text = write(folder / "my_module.py", returns, more)
+    result = run("py_to_py_cls.py", *CONVERT, "my_module:build")
     assert result.returncode == 2
-    note, error = result.stderr.splitlines()
-    assert note.startswith(f"NOTE: my_module:{name} declares no preprocessing")
-    assert error.startswith("py_to_py_cls.py: error: ") and "SystemExit" in error
-    if name == "Leaving":
-        line = MY_MODULE[: MY_MODULE.index("raise SystemExit(0)\n\nclass LeavingLater")].count("\n")
-        assert f"my_module.py, line {line + 1}" in error
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("NOTE: ")]
+    if words:
+        assert re.search(f"^py_to_py_cls.py: error: .*{words}", lines.pop())
+    if raised:
+        line = text[: text.index(more or f"return {returns}")].count("\n") + 1
+        assert f'my_module.py", line {line}, in ' in "\n".join(lines)
+        assert re.search(f"^{raised}", lines[-1])
+    else:
+        assert lines == []
     assert not [p for p in folder.rglob("*") if ".onnx" in p.name]
 
 
-def test_preprocessing_that_a_network_carries(tmp_path, monkeypatch, capsys):
-    """timm's pretrained_cfg: sizes, mean and std for pixels from 0 to 1, the part that is kept."""
-    (tmp_path / "carrying.py").write_text(MY_MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def get(name):
-        network = load_network(f"carrying:{name}", Weights("own", f"carrying:{name}"))
-        out, err = capsys.readouterr()
-        assert err == "" and ("bicubic" in out) == (name == "Timm")
-        return network.preprocessing, network.assumed
-
-    found, assumed = get("Timm")
-    assert found == Preprocessing(
-        scale=1 / 255, mean=(127.5, 63.75, 191.25), std=(0.5, 0.2, 0.1), rgb=True, crop=True,
-        width=56, height=48, initial_width=64, initial_height=54,
-    )  # fmt: skip
-    assert not assumed
-    found, assumed = get("OlderTimm")
-    assert found == Preprocessing(
-        scale=1 / 255, mean=(127.5, 127.5, 127.5), std=(1, 1, 1), rgb=True, crop=True,
-        width=64, height=64, initial_width=64, initial_height=64,
-    )  # fmt: skip
-    assert not assumed
-    for name in ("HalfTimm", "Net"):
-        found, assumed = get(name)
-        assert found == Preprocessing(
-            scale=1 / 255, mean=(123.675, 116.28, 103.53), std=(0.229, 0.224, 0.225), rgb=True,
-            crop=True, width=224, height=224, initial_width=256, initial_height=256,
-        )  # fmt: skip
-        assert assumed
-
-
-def test_preprocessing_of_torchvisions_networks():
-    """Its sizes, whatever the weights are; --frame_size scales the resize along."""
-    for weights in (Weights("random", "random"), Weights("file", "my.pth")):
-        found = get_preprocessing("inception_v3", weights)
-        sizes = (found.width, found.height, found.initial_width, found.initial_height)
-        assert sizes == (299, 299, 342, 342)
-    sizes = {"IMAGENET1K_V1": 256, "IMAGENET1K_V2": 232}
-    for name, resize in sizes.items():
-        found = get_preprocessing("resnet50", Weights("torchvision", name))
-        assert (found.width, found.initial_width) == (224, resize)
-        assert found.mean == (123.675, 116.28, 103.53) and found.std == (0.229, 0.224, 0.225)
-    larger = scale_frame(get_preprocessing("resnet50", Weights("random", "random")), 448)
-    assert (larger.width, larger.height, larger.initial_width, larger.initial_height) == (
-        448, 448, 512, 512
-    )  # fmt: skip
+# --- building -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("my_module:broken", "ZeroDivisionError: division by zero .*my_module.py, line 16"),
         ("my_module:number", "returns int, not a torch.nn.Module"),
         ("my_module:stop", "SystemExit"),
         ("my_module:absent", "my_module.py has no absent"),
         ("no_module:Net", "No module named 'no_module'"),
         (":Net", "module"),
+        ("..no_module:Net", "module"),
     ],
 )
-def test_own_architecture_that_cannot_be_built(tmp_path, monkeypatch, name, words):
-    (tmp_path / "my_module.py").write_text(MY_MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_own_architecture_that_cannot_be_built(own, name, words):
+    own(more="number = lambda: 5\nstop = lambda: sys.exit(0)")
     with pytest.raises(RequestError, match=words) as caught:
-        build_network(name)
+        load_network(Request(name))
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name, words",
-    [
-        ("Two", "not a classifier: forward returns"),
-        ("Double", "not a classifier: forward returns a float64 tensor of shape"),
-        ("Blind", "prove nothing"),
-    ],
-)
-def test_own_architecture_that_proves_nothing(name, words):
-    namespace = {}
-    exec(MY_MODULE, namespace)
-    with pytest.raises(RequestError, match=words):
-        get_references(namespace[name]().eval(), np.ones((1, 3, 56, 56), np.float32))
+@pytest.mark.parametrize("wrapped", ["nn.DataParallel(Net())", "torch.compile(Net())"])
+def test_wrappers_are_taken_off(own, wrapped):
+    torch.save(build().state_dict(), "my.pth")
+    for weights in ("", "my.pth"):
+        model = own("logits", f"build = lambda: {wrapped}", weights).model
+        assert type(model).__name__ == "Net" and not model.training
+        assert np.array_equal(run_pytorch(model, BLOB), run_pytorch(build(), BLOB))
 
 
-def test_a_network_that_changes_its_input_gets_a_copy():
-    """Or PyTorch's answer to one picture would be held against OpenCV's to another."""
-    namespace = {}
-    exec(MY_MODULE, namespace)
-    blob = np.random.default_rng(1).standard_normal((1, 3, 56, 56)).astype(np.float32)
-    before = blob.copy()
-    for _, reference, _ in get_references(namespace["InPlace"]().eval(), blob):
-        assert np.abs(reference).max() > 0.3
-    assert np.array_equal(blob, before)
-
-
-def test_a_prefix_that_is_the_networks_own(tmp_path, monkeypatch):
-    (tmp_path / "prefixed.py").write_text(MY_MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    saved = build_network("prefixed:Module").state_dict()
+def test_a_prefix_that_is_the_networks_own(own):
+    """Its keys begin as those of DataParallel do."""
+    wrap = "build = lambda: nn.Sequential(collections.OrderedDict(module=Net()))"
+    saved = own(more=wrap).model.state_dict()
     torch.save(saved, "my.pth")
-    loaded = load_weights("prefixed:Module", "my.pth").state_dict()
+    loaded = own("logits", wrap, "my.pth").model.state_dict()
     assert list(loaded) == list(saved) and all("module." in key for key in saved)
 
 
 def test_a_function_of_an_installed_package():
-    name = "torchvision.models.mnasnet:mnasnet0_5"
-    network = load_network(name, parse_weights(name, None))
+    network = load_network(Request("torchvision.models.mnasnet:mnasnet0_5"))
     assert type(network.model).__name__ == "MNASNet" and not network.model.training
-    assert (network.name, network.weights) == (name, Weights("own", name))
+    assert (network.name, network.weights) == ("torchvision.models.mnasnet:mnasnet0_5", "own")
+
+
+@pytest.mark.parametrize(
+    "dtype, bits, figure", [("half", 12, "float16 .* 2e-04"), ("bfloat16", 9, "bfloat16 .* 2e-03")]
+)
+def test_half_precision_is_said_with_the_figure(own, capsys, dtype, bits, figure):
+    """1 + 2^-12 is 1 in float16, and 1 + 2^-9 in bfloat16: off by 2.4e-4 and 2.0e-3."""
+    convert = f"build = lambda: Net().{dtype}()"
+    model = own(f"0 * logits + 1 + torch.tensor(2.0**-{bits})", convert).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert re.search(f"converted as float32.*{figure}", capsys.readouterr().out)
+    own()
+    assert "float32" not in capsys.readouterr().out
+
+
+# --- preprocessing --------------------------------------------------------------------------------
+
+
+SIZES = ("width", "height", "initial_width", "initial_height")
+MEAN, STD = (123.675, 116.28, 103.53), (0.229, 0.224, 0.225)
+IMAGENET = Preprocessing(1 / 255, MEAN, STD, True, True, 224, 224, 256, 256)
+TIMM = replace(IMAGENET, mean=(127.5, 63.75, 191.25), std=(0.5, 0.2, 0.1))
+CONFIG = {"input_size": (3, 48, 56), "mean": (0.5, 0.25, 0.75), "std": (0.5, 0.2, 0.1)}
+CONFIG |= {"crop_pct": 0.875, "interpolation": "bicubic"}
+OLDER = {"input_size": (3, 64, 64), "mean": (0.5, 0.25, 0.75), "std": (0.5, 0.2, 0.1)}
+SIZED = "types.SimpleNamespace(img_size=(160, 80))"
+FOLDER = "_name_or_path='checkpoint'"
+
+
+def sizes(preprocessing):
+    return tuple(getattr(preprocessing, name) for name in SIZES)
+
+
+@pytest.mark.parametrize(
+    "attribute, expected, reference",
+    [
+        (f"pretrained_cfg = {CONFIG}", (56, 48, 64, 54), TIMM),
+        (f"default_cfg = {OLDER}", (64, 64, 64, 64), TIMM),
+        ("pretrained_cfg = {'input_size': (3, 64, 64)}", (224, 224, 256, 256), IMAGENET),
+        ("config = 5", (224, 224, 256, 256), IMAGENET),
+        # timm's create_model(..., img_size=160) changes this, but not its pretrained_cfg
+        (f"pretrained_cfg = {CONFIG}; Net.patch_embed = {SIZED}", (80, 160, 91, 182), TIMM),
+        # transformers; the file with mean and std is at hand if the weights are
+        ("config = types.SimpleNamespace(image_size=48)", (48, 48, 54, 54), IMAGENET),
+        ("config = types.SimpleNamespace(image_size=(96, 48))", (48, 96, 54, 109), IMAGENET),
+        (f"config = types.SimpleNamespace(image_size=48, {FOLDER})", (48, 48, 48, 48), TIMM),
+        (f"config = types.SimpleNamespace({FOLDER})", (48, 48, 48, 48), TIMM),
+    ],
+)  # fmt: skip
+def test_preprocessing_that_a_network_carries(
+    own, tmp_path, capsys, attribute, expected, reference
+):
+    """Mean and std for pixels from 0 to 1, sizes, and the part that is kept."""
+    (tmp_path / "checkpoint").mkdir()
+    about = {
+        "image_mean": [0.5, 0.25, 0.75],
+        "image_std": [0.5, 0.2, 0.1],
+        "size": {"height": 48, "width": 48},
+    }
+    (tmp_path / "checkpoint" / "preprocessor_config.json").write_text(json.dumps(about))
+    network = own("logits", f"Net.{attribute}", width=None, height=None)
+    assert network.preprocessing == replace(reference, **dict(zip(SIZES, expected, strict=True)))
+    assert network.declared == (reference is TIMM)
+    out, err = capsys.readouterr()
+    assert err == "" and ("bicubic" in out) == ("bicubic" in attribute)
+
+
+def test_preprocessing_of_torchvisions_networks():
+    transforms = models.Inception_V3_Weights.DEFAULT.transforms()
+    assert sizes(read_transforms(transforms)) == (299, 299, 342, 342)
+    transforms = models.ResNet50_Weights.IMAGENET1K_V2.transforms()
+    assert sizes(read_transforms(transforms)) == (224, 224, 232, 232)
+    assert load_network(Request("squeezenet1_1", "random")).preprocessing == IMAGENET
+
+
+@pytest.mark.parametrize(
+    "width, height, expected",
+    [
+        (448, 448, (448, 448, 512, 512)),
+        (160, 96, (160, 96, 182, 109)),
+        (160, None, (160, 224, 182, 256)),
+        (None, 96, (224, 96, 256, 109)),
+        (224, 224, (224, 224, 256, 256)),
+    ],
+)
+def test_the_frame_size_scales_the_resize(own, width, height, expected):
+    """Of both sides alike. The network's own size isn't one that the file is named after."""
+    assert sizes(scale_frame(IMAGENET, width, height)) == expected
+    network = own(width=width, height=height)
+    assert sizes(network.preprocessing) == expected
+    named = (network.request.width, network.request.height)
+    assert named == ((None, None) if width == height == 224 else (width, height))
+
+
+# --- what proves nothing --------------------------------------------------------------------------
+
+WRAP = "not a classifier: forward returns {}.* wraps it in a module"
+
+
+@pytest.mark.parametrize(
+    "returns, words",
+    [
+        ("(logits, x)", WRAP.format("tuple")),
+        ("{'out': logits}", WRAP.format("dict")),
+        ("None", WRAP.format("NoneType")),
+        ("logits.double()", WRAP.format(r"torch.float64 of shape \(1, 10\)")),
+        ("logits[:, :, None, None]", WRAP.format(r"torch.float32 of shape \(1, 10, 1, 1\)")),
+        ("logits.repeat(2, 1)", WRAP.format(r"torch.float32 of shape \(2, 10\)")),
+        ("0 * logits + 1", "the same for every picture, and prove nothing"),
+        ("nn.functional.dropout(logits, 0.5, training=True)", "changes from run to run.* dropout"),
+        ("logits + torch.rand(1, 10)", "changes from run to run"),
+        ("logits * next(count)", "changes from run to run"),
+    ],
+)
+@pytest.mark.parametrize("more", ["", "build = lambda: Net().half()"])
+def test_own_architecture_that_proves_nothing(convert_own, returns, more, words):
+    with pytest.raises(RequestError, match=words):
+        convert_own(returns, more)
+
+
+def test_what_networks_are_compared_on():
+    """A dark, a bright and a grey copy, zeros, and 0 to 255, in batches of more than one size."""
+    references = get_references(build(), BLOB)
+    assert np.array_equal(references[0].blob, BLOB)
+    assert {len(reference.blob) for reference in references} == {1, 3}
+    for _, blob, logits in references:
+        assert np.array_equal(logits, build()(torch.from_numpy(blob)).detach())
+    pictures = np.concatenate([reference.blob for reference in references])
+    assert any(np.allclose(each, BLOB.mean(axis=1), atol=1e-6) for each in pictures)
+    assert any((each == 0).all() for each in pictures)
+    assert any((each.min(), each.max()) == (0, pytest.approx(255)) for each in pictures)
+    assert any(each.mean() < BLOB.mean() - 1 for each in pictures)
+    assert any(each.mean() > BLOB.mean() + 1 and each.max() <= 2 for each in pictures)
+
+
+def test_a_network_that_changes_its_input_gets_a_copy():
+    """Or PyTorch's answer to one picture would be held against OpenCV's to another."""
+    blob = BLOB.copy()
+    for _, given, _ in get_references(build("logits + x.clamp_(-0.3, 0.3).mean()"), blob):
+        assert np.abs(given).max() > 0.3
+    assert np.array_equal(blob, BLOB)
+
+
+# --- conversion -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("returns", ["logits", "logits + 1 if x.shape[-1] > 1e6 else logits"])
+def test_an_ordinary_network_comes_out_of_the_first_exporter(convert_own, monkeypatch, returns):
+    """With a batch of any size; a branch on the shape is the same for every picture."""
+    exports, export = [], conversion.export
+    monkeypatch.setattr(conversion, "export", lambda *a: exports.append(a[3]) or export(*a))
+    graph = onnx.load(convert_own(returns).path).graph
+    assert exports == [False]  # dynamo
+    for value in (*graph.input, *graph.output):
+        batch, *rest = value.type.tensor_type.shape.dim
+        assert batch.dim_param and all(size.dim_value for size in rest)
+
+
+@pytest.mark.parametrize(
+    "returns",
+    [
+        "collections.OrderedDict(loss=None, logits=logits, hidden=x)",
+        "types.SimpleNamespace(logits=logits, hidden=x)",
+        "collections.namedtuple('Output', 'logits aux')(logits, x)",
+    ],
+)
+def test_outputs_with_logits_are_taken(convert_own, capsys, returns):
+    """As transformers' networks return them."""
+    assert convert_own(returns).outputs == 10
+    assert "my_module:build: taking the `logits`" in capsys.readouterr().out
+
+
+SURE = "the network branches on its input .*my_module.py, line {}: return logits".format(
+    MY_MODULE[: MY_MODULE.index("return")].count("\n") + 1
+)
+UNSURE = SURE.replace("branches", "may branch") + ".*--allow_branches True converts it"
+
+
+@pytest.mark.parametrize(
+    "returns, more, words",
+    [
+        ("logits + 1 if x.max() > 1e6 else logits", "", SURE),
+        ("logits + 1 if torch.allclose(x[:, 0], x[:, 1] + 1e6) else logits", "", SURE),
+        ("logits + 1 if x[0, :, 0, 0].tolist()[0] > 1e6 else logits", "", SURE),
+        ("logits + 1 if x.detach().numpy().max() > 1e6 else logits", "", UNSURE),
+        ("logits + 1 if np.asarray(x).max() > 1e6 else logits", "", UNSURE),
+        (
+            "logits + 1 if bool(x.max() > 1e6) else logits",
+            "build = lambda: torch.jit.script(Net())",
+            "the exported graph branches .If",
+        ),
+        ("torch.cat([logits[i : i + 1] for i in range(len(x))])", "", "batches of one size only"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_what_is_right_for_some_pictures_only(convert_own, tmp_path, returns, more, words):
+    """None of the pictures shows it. The option takes nothing but what may be harmless."""
+    with pytest.raises(RequestError, match=words) as caught:
+        convert_own(returns, more, allow_branches=words != UNSURE)
+    assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*.onnx"))
+
+
+def test_allow_branches(run, folder):
+    write(folder / "my_module.py", "logits + 1 if x.numpy().max() > 1e6 else logits")
+    options = [*CONVERT, "my_module:build", "--scale", "0.01"]
+    check_one_line(run("py_to_py_cls.py", *options), "my_module.py, line ", "--allow_branches True")
+    assert run("py_to_py_cls.py", *options, "--allow_branches", "True").returncode == 0
+
+
+def test_a_failure_ends_with_one_sentence(convert_own, tmp_path):
+    """What each engine said is in the table above it."""
+    with pytest.raises(NetworksDisagree) as caught:
+        convert_own(f"1.001 * logits {IF_EXPORTED}")
+    message = str(caught.value)
+    assert len(message) <= 300 and "\n" not in message and "> >" not in message
+    assert re.search(r"relative error 1\.0e-03 .*first wrong node", message)
+    assert not list(tmp_path.rglob("*.onnx"))
 
 
 def test_an_engine_that_is_wrong_is_named_with_the_figures(model, small):
     """Both engines, each with its relative error; nothing is taken for right."""
     blob = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    references = get_references(small, blob)
-    *right, (name, blob, logits) = references
-    logits = logits * np.float32(1.001)
-    with pytest.raises(NetworksDisagree) as caught:
-        verify(str(model), [*right, (name, blob, logits)])
-    assert str(caught.value).count("relative error 1.0e-03") == 2
-    for engine in ("new", "classic"):
-        assert f"{engine} engine: wrong on {name}: " in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "output, words",
-    [
-        ((torch.zeros(1, 7), torch.zeros(1, 3)), "tuple with 0 (1, 7), 1 (1, 3)"),
-        ({"out": torch.zeros(1, 7), "n": 3}, "dict with out (1, 7)"),
-        (
-            SimpleNamespace(logits=torch.zeros(1, 7), loss=None),
-            "SimpleNamespace with logits (1, 7)",
-        ),
-        (torch.zeros(1, 7, 4, 4), "a float32 tensor of shape (1, 7, 4, 4)"),
-        (None, "NoneType"),
-    ],
-)
-def test_output_that_is_not_logits_is_described(output, words):
-    class Other(torch.nn.Module):
-        def forward(self, x):
-            return output
-
-    with pytest.raises(RequestError, match="wraps it in a module") as caught:
-        run_pytorch(Other(), np.zeros((1, 3, 8, 8), np.float32))
-    assert f"forward returns {words}, not a float32 tensor" in str(caught.value)
+    *right, (name, blob, logits) = get_references(small, blob)
+    engines, failures = verify(str(model), [*right, (name, blob, logits * np.float32(1.001))])
+    assert engines == [] and failures.keys() == {"new", "classic"}
+    for failure in failures.values():
+        assert failure.startswith(f"wrong on {name}: ") and "relative error 1.0e-03" in failure

@@ -2,13 +2,10 @@
 
 import copy
 import dataclasses
-import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -21,31 +18,25 @@ from conftest import PICTURES, ROOT, check_one_line, read_answer
 
 import conversion
 import py_to_py_resnet50
-from common import (
-    TORCHVISION_PREPROCESSING,
-    NetworksDisagree,
-    Preprocessing,
-    RequestError,
-    add_to_zoo,
-)
-from conversion import Converted, convert, find_converted, find_network, get_onnx_path
-from networks import Network, Weights, parse_weights
+from classification import RequestError, read_zoo
+from common import NetworksDisagree, Preprocessing, read_tutorial
+from conversion import convert, find_converted, get_onnx_path
+from default_preprocess_config import pytorch_resize_input_blob
+from networks import Network, Request
 from py_to_py_cls import get_module_config, get_parser
 from verify import get_references
 
 RED_PANDA = PICTURES / "red_panda.jpg"
 LABELLED = [line.split() for line in (PICTURES / "val.txt").read_text().splitlines()]
 CACHED = "squeezenet1_1-b8a52dc0.pth"  # what torchvision calls its weights
+IMAGENETS = Preprocessing(**read_tutorial(pytorch_resize_input_blob))
 
 
 @pytest.fixture
 def converted_before(folder, converted):
     """The converted file in the folder's models/, as `--weights trained.pth` leaves it."""
-    path = folder / "models" / "squeezenet1_1-trained.onnx"
-    path.parent.mkdir()
-    shutil.copy(converted, path)
-    add_to_zoo("squeezenet1_1", Converted(path, ["new"], 1000), TORCHVISION_PREPROCESSING, None)
-    return path
+    shutil.copytree(converted, folder / "models")
+    return folder / "models" / "squeezenet1_1-trained.onnx"
 
 
 @pytest.fixture
@@ -65,32 +56,16 @@ def start_importtime(folder, env):
 
 
 def save_changed(weights, path):
-    """Another state dict of the same network; returns it."""
+    """Another state dict of the same network; returns the network."""
+    from torchvision import models
+
     state = torch.load(weights)
     state["classifier.1.weight"] = state["classifier.1.weight"] * 1.5
     state["classifier.1.bias"] = state["classifier.1.bias"] + 1
     torch.save(state, path)
-    return state
-
-
-def get_changed_network(state):
-    from torchvision import models
-
     network = models.squeezenet1_1()
     network.load_state_dict(state)
     return network.eval()
-
-
-def set_metadata(path, key, value):
-    """Change one key of an ONNX file's metadata, None removes it; its entry has the new SHA-1."""
-    proto = onnx.load(path)
-    about = {p.key: p.value for p in proto.metadata_props}
-    assert key in about
-    del proto.metadata_props[:]
-    about[key] = value
-    onnx.helper.set_model_props(proto, {k: v for k, v in about.items() if v is not None})
-    onnx.save(proto, path)
-    add_to_zoo("squeezenet1_1", Converted(path, ["new"], 1000), TORCHVISION_PREPROCESSING, None)
 
 
 # --- the walk-through -----------------------------------------------------------------------------
@@ -115,8 +90,7 @@ def test_walk_through_without_network(run, folder):
 
 def test_walk_through_that_disagrees(run, folder, monkeypatch, small):
     """Exit 1 with the figures; no new file, and the older one stays."""
-    weights = Weights("file", "small.pth")
-    network = Network("small", weights, Preprocessing(), small)
+    network = Network(Request("small", "small.pth"), "small.pth", small, IMAGENETS)
     monkeypatch.setattr(py_to_py_resnet50, "load_network", lambda *args: network)
     assert run("py_to_py_resnet50.py").returncode == 0
     path = folder / "models" / "py_to_py_resnet50.onnx"
@@ -163,7 +137,7 @@ def test_an_error_of_the_process(start, folder, script):
 def test_test_mode_and_conversion(
     run, start_importtime, folder, put_weights, weights, squeezenet, get_logits
 ):
-    """Cached weights: converted once, again for other weights only; any batch size."""
+    """Cached weights: converted once, and found again without torch; any batch size."""
     put_weights(weights)
     options = ["--model_name", "SqueezeNet1_1", "--test", "True"]
     expected = get_logits(squeezenet, RED_PANDA, centre_crop=False)
@@ -182,7 +156,7 @@ def test_test_mode_and_conversion(
     rows = {engine: [float(cell) for cell in cells.split()] for engine, cells in rows}
     assert rows.keys() == {"new", "classic"}
     for *errors, ms in rows.values():
-        assert len(errors) >= 2 and ms > 0
+        assert len(errors) == 4 and ms > 0
         assert all(0 < error < 1e-4 for error in errors)
     fastest = min(rows, key=lambda engine: rows[engine][-1])
     path = folder / "models" / "squeezenet1_1.onnx"
@@ -201,7 +175,7 @@ def test_test_mode_and_conversion(
 
     second, imported = start_importtime(*options)
     assert second.returncode == 0, second.stderr
-    assert "cv2" in imported and not imported & {"torch", "torchvision"}
+    assert "cv2" in imported and not imported & {"torch", "torchvision", "onnx"}
     assert "converted and verified before" in second.stdout
     assert read_answer(second.stdout) == (class_id, confidence)
     assert path.stat() == written
@@ -214,17 +188,6 @@ def test_test_mode_and_conversion(
         net.setInput(batch[:size])
         assert np.allclose(net.forward(), reference[:size], atol=1e-4)
 
-    state = save_changed(weights, folder / "changed.pth")
-    put_weights(folder / "changed.pth")
-    third = run("py_to_py_cls.py", *options)
-    assert third.returncode == 0, third.stderr
-    assert "converted and verified before" not in third.stdout
-    assert "squeezenet1_1.onnx: replaces a network with other weights of this name" in third.stdout
-    expected = get_logits(get_changed_network(state), RED_PANDA, centre_crop=False)
-    assert abs(expected.max() - confidence) > 0.5
-    answer = (expected.argmax(), pytest.approx(expected.max(), abs=1e-4))
-    assert read_answer(third.stdout) == answer
-
 
 def test_a_weights_file_converted_before_needs_no_torch(
     start_importtime, converted_before, weights, squeezenet, get_logits
@@ -232,7 +195,7 @@ def test_a_weights_file_converted_before_needs_no_torch(
     options = ["--model_name", "squeezenet1_1", "--weights", weights, "--test", "True"]
     result, imported = start_importtime(*options)
     assert result.returncode == 0, result.stderr
-    assert "cv2" in imported and not imported & {"torch", "torchvision"}
+    assert "cv2" in imported and not imported & {"torch", "torchvision", "onnx"}
     assert "converted and verified before" in result.stdout
     expected = get_logits(squeezenet, RED_PANDA, centre_crop=False)
     answer = (expected.argmax(), pytest.approx(expected.max(), abs=1e-4))
@@ -240,76 +203,120 @@ def test_a_weights_file_converted_before_needs_no_torch(
 
 
 def test_random_weights_converted_before_need_no_torch(run, start_importtime):
-    options = ["--model_name", "squeezenet1_1", "--weights", "Random", "--test", "True"]
+    """Default weights whose download fails are tried again, but not converted again."""
+    options = ["--model_name", "squeezenet1_1", "--test", "True"]
     first = run("py_to_py_cls.py", *options)
     assert first.returncode == 0, first.stderr
-    assert "* RANDOM WEIGHTS" in first.stdout
-    second, imported = start_importtime(*options)
+    assert "RANDOM WEIGHTS" in first.stderr and "* RANDOM WEIGHTS" in first.stdout
+    second, imported = start_importtime(*options, "--weights", "Random")
     assert second.returncode == 0, second.stderr
-    assert "cv2" in imported and not imported & {"torch", "torchvision"}
-    assert "converted and verified before" in second.stdout
-    assert "* RANDOM WEIGHTS" in second.stdout
-    assert read_answer(second.stdout) == read_answer(first.stdout)
+    assert "cv2" in imported and not imported & {"torch", "torchvision", "onnx"}
+    third = run("py_to_py_cls.py", *options)
+    assert "RANDOM WEIGHTS" in third.stderr
+    for result in (second, third):
+        assert "converted and verified before" in result.stdout
+        assert "* RANDOM WEIGHTS" in result.stdout
+        assert read_answer(result.stdout) == read_answer(first.stdout)
 
 
 def test_two_weights_files_of_one_name(run, folder, converted_before, weights, get_logits):
     """The second replaces the first, and the output says so."""
-    state = save_changed(weights, folder / "trained.pth")
+    changed = save_changed(weights, folder / "trained.pth")
     options = ["--model_name", "squeezenet1_1", "--weights", "trained.pth", "--test", "True"]
     result = run("py_to_py_cls.py", *options)
     assert result.returncode == 0, result.stderr
-    note = "models/squeezenet1_1-trained.onnx: replaces a network with other weights of this name"
-    assert note in result.stdout
-    expected = get_logits(get_changed_network(state), RED_PANDA, centre_crop=False)
+    assert "squeezenet1_1-trained.onnx: converted and verified, in the place of" in result.stdout
+    expected = get_logits(changed, RED_PANDA, centre_crop=False)
     answer = (expected.argmax(), pytest.approx(expected.max(), abs=1e-4))
     assert read_answer(result.stdout) == answer
 
 
 DAMAGES = [
-    ("engines", "quantum"),
-    ("engines", "new quantum"),
-    ("engines", ""),
+    ("engines", '["quantum"]'),
+    ("engines", '["new", "quantum"]'),
+    ("engines", "[]"),
+    ("engines", "3"),
     ("engines", None),
-    ("classes", None),
-    ("classes", "many"),
-    ("classes", "-1"),
-    ("weights_kind", None),
-    ("weights_sha256", "0" * 64),
-    ("preprocessing", None),
-    ("preprocessing", "a text"),
-    ("preprocessing", "[1, 2]"),
-    ("preprocessing", '{"scale": 1.0}'),
-    ("preprocessing", '{"scale": 1.0, "mean": 3, "std": []}'),
-    ("preprocessing", '{"depth": 1.0, "mean": [0, 0, 0], "std": []}'),
-    ("opencv", "4.0.0"),
-    ("torch", None),
+    ("outputs", None),
+    ("outputs", '"many"'),
+    ("outputs", "-1"),
+    ("load_info", None),
+    ("load_info", '{ sha1: "0" }'),
+    ("made_from", None),
+    ("made_from", '"a text"'),
+    ("made_from", '{ file: "0", entry: "0" }'),
 ]
 
 
 @pytest.mark.parametrize("key, value", DAMAGES)
-def test_damaged_metadata(converted_before, weights, key, value):
-    """A file whose metadata are damaged, or of other versions, isn't taken."""
-    wanted = parse_weights("squeezenet1_1", str(weights))
-
-    def find():
-        network = find_network("squeezenet1_1", wanted, converted_before.parent)
-        return network and find_converted(network, converted_before, (1, 3, 224, 224))
-
-    found = find()
-    assert found.path == converted_before and found.classes == 1000
+def test_damaged_entry(converted_before, weights, monkeypatch, key, value):
+    """A file whose entry is damaged isn't taken."""
+    monkeypatch.chdir(converted_before.parents[1])
+    request = Request("squeezenet1_1", str(weights))
+    found = find_converted(request)
+    assert found.path == Path("models", converted_before.name) and found.outputs == 1000
     assert sorted(found.engines) == ["classic", "new"]
-    set_metadata(converted_before, key, value)
-    assert find() is None
+    zoo = converted_before.with_name("models.yml")
+    line = "" if value is None else f"  {key}: {value}\n"
+    text, count = re.subn(f"(?m)^  {key}: .*\n", line, zoo.read_text())
+    zoo.write_text(text)
+    assert count == 1 and find_converted(request) is None
 
 
-@pytest.mark.parametrize("key, value", [("engines", "quantum"), ("classes", None)])
-def test_damaged_metadata_as_the_user_sees_it(run, converted_before, weights, key, value):
-    set_metadata(converted_before, key, value)
-    options = ["--model_name", "squeezenet1_1", "--weights", weights, "--evaluate", "False"]
-    result = run("py_to_py_cls.py", *options)
-    assert result.returncode == 0 and result.stderr == ""
-    assert "converted and verified before" not in result.stdout
-    assert "converted and verified; taking the " in result.stdout
+@pytest.mark.parametrize("what", ["torch", "torchvision", "onnx", "opencv", "a script", "weights"])
+def test_another_version_converts_again(
+    converted_before, weights, monkeypatch, tmp_path, folder, what
+):
+    monkeypatch.chdir(folder)
+    shutil.copy(weights, folder)
+    request = Request("squeezenet1_1", "trained.pth")
+    assert find_converted(request) is not None
+    if what == "opencv":
+        monkeypatch.setattr(cv2, "__version__", "4.0.0")
+    elif what == "a script":
+        for script in ROOT.glob("*.py"):
+            shutil.copy(script, tmp_path)
+        monkeypatch.setattr(conversion, "SCRIPT_DIR", tmp_path)
+        assert find_converted(request) is not None
+        (tmp_path / "onnx_rewrites.py").write_text("# changed")
+    elif what == "weights":
+        save_changed(weights, folder / "trained.pth")
+    else:
+        version = conversion.importlib.metadata.version
+        changed = lambda name: "0.1" if name == what else version(name)  # noqa: E731
+        monkeypatch.setattr(conversion.importlib.metadata, "version", changed)
+    assert find_converted(request) is None
+
+
+def test_what_an_entry_depends_on(run, folder, converted_before, weights):
+    """Test mode writes it with the options that it uses; an evaluation leaves it alone."""
+    options = ["--model_name", "squeezenet1_1", "--weights", weights]
+    zoo = converted_before.with_name("models.yml")
+    before = zoo.read_text()
+    trial = ["--scale", "1", "--mean", "0", "0", "0", "--std", "1", "1", "1"]
+    data = ["--img_root_dir", PICTURES, "--img_cls_file", PICTURES / "val.txt"]
+    result = run("py_to_py_cls.py", *options, *trial, *data)
+    assert "exporting" not in result.stdout and "top-1 accuracy" in result.stdout
+    assert zoo.read_text() == before
+    refused = run("py_to_py_cls.py", *options, *data, "--preprocess", "torchvision", *trial)
+    assert refused.returncode == 2 and zoo.read_text() == before
+    refused = run("py_to_py_cls.py", *options, *data, "--frame_size", "200", "--rsz_width", "9",
+                  "--rsz_height", "9")  # fmt: skip
+    assert refused.returncode == 2 and zoo.read_text() == before
+
+    result = run("py_to_py_cls.py", *options, *trial, "--test", "True")
+    assert "exporting" in result.stdout
+    assert "preprocessing: scale 1, mean 0 0 0, std 1 1 1" in result.stdout
+    again = run("py_to_py_cls.py", *options, *trial, "--test", "True")
+    assert "exporting" not in again.stdout
+    assert read_answer(again.stdout) == read_answer(result.stdout)
+    assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == 1
+
+    # another size is another file
+    small = run("py_to_py_cls.py", *options, "--test", "True", "--frame_size", "96")
+    assert small.returncode == 0, small.stderr
+    assert read_zoo(zoo)["squeezenet1_1-96-trained"]["width"] == 96
+    assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == 1
 
 
 def test_preprocessing_of_test_mode(run, converted_before, weights, squeezenet):
@@ -349,15 +356,15 @@ def test_evaluation_with_nothing_but_the_install(run, folder):
     assert (folder / "results" / "red_panda_squeezenet1_1-random_classification.jpg").is_file()
 
     # the answer is marked whichever way the network is named, and if the entry alone says it
-    assert "* RANDOM WEIGHTS" in run("classification.py", "squeezenet1_1").stdout
+    assert "* RANDOM WEIGHTS" in run("classification.py", "squeezenet1_1-random").stdout
     model = folder / "models" / "squeezenet1_1-random.onnx"
     result = run("classification.py", "--input", model, RED_PANDA)
     assert "* RANDOM WEIGHTS" in result.stdout
     zoo = folder / "models" / "models.yml"
     assert '\n  weights: "random"\n' in zoo.read_text()
-    zoo.write_text(zoo.read_text().replace("-random.onnx", "-renamed.onnx"))
+    zoo.write_text(zoo.read_text().replace("1-random", "1-renamed"))
     model.rename(model.with_name("squeezenet1_1-renamed.onnx"))
-    result = run("classification.py", "squeezenet1_1")
+    result = run("classification.py", "squeezenet1_1-renamed")
     assert result.returncode == 0, result.stderr
     assert "* RANDOM WEIGHTS" in result.stdout
 
@@ -367,17 +374,6 @@ def test_named_data_is_not_evaluated_with_random_weights(run, folder):
     result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options)
     check_one_line(result, CACHED, "checkpoints", "--weights FILE", "random")
     assert [p for p in folder.rglob("*") if p.is_file()] == []
-
-
-def test_another_networks_file_is_found_out(run, folder, weights, converted):
-    """--model with a file of other weights: exit 1, the figures on the last line."""
-    state = torch.load(weights)
-    state["features.3.squeeze.weight"] *= 1.001
-    torch.save(state, folder / "changed.pth")
-    options = ["--model_name", "squeezenet1_1", "--weights", "changed.pth", "--model", converted]
-    result = run("py_to_py_cls.py", *options, "--test", "True")
-    check_one_line(result, "doesn't give PyTorch's answer", "relative error", "L1", code=1)
-    assert not (folder / "models").exists()
 
 
 # --- conversion -----------------------------------------------------------------------------------
@@ -408,20 +404,21 @@ class Leaving(torch.nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def make_network(model):
-    return Network("test", Weights("file", "test.pth", sha256="1" * 64), Preprocessing(), model)
+def make_network(model, name="test"):
+    return Network(Request(name), "test.pth", model, IMAGENETS)
 
 
 @pytest.mark.parametrize(
     "module, error, words",
     [
         (Wrong, NetworksDisagree, "relative error 1.0e-03"),
-        (Failing, RequestError, "can't export.* for 16x16 pictures: .*can't export"),
+        (Failing, RequestError, "can't export.* for 16x16 pictures: ValueError: not like this"),
         (Leaving, RequestError, "can't export.* for 16x16 pictures: SystemExit"),
     ],
 )
-def test_a_conversion_that_fails(tmp_path, module, error, words):
+def test_a_conversion_that_fails(tmp_path, monkeypatch, module, error, words):
     """The older file of that name stays as it is, and nothing else is written."""
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "models" / "wrong.onnx"
     path.parent.mkdir()
     path.write_text("an older file of that name")
@@ -429,7 +426,7 @@ def test_a_conversion_that_fails(tmp_path, module, error, words):
     blob = np.random.default_rng(0).standard_normal((1, 3, 16, 16)).astype(np.float32)
     before = torch._C._jit_set_onnx_log_enabled
     with pytest.raises(error, match=words) as caught:
-        convert(make_network(module()), path, get_references(module(), blob))
+        convert(make_network(module(), "wrong"), get_references(module(), blob))
     assert caught.type is error and "\n" not in str(caught.value)
     assert torch._C._jit_set_onnx_log_enabled is before
     assert {p.name: p.read_text() for p in path.parent.iterdir()} == {
@@ -440,38 +437,40 @@ def test_a_conversion_that_fails(tmp_path, module, error, words):
 
 def test_a_file_that_disagrees_never_gets_its_name(tmp_path, small, monkeypatch):
     """Neither exporter's; and if only the first one's disagrees, the second one's is taken."""
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "models" / "small.onnx"
     blob = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
     references = get_references(small, blob)
-    right = conversion.export_by_torchscript
+    right, wrong_ones = conversion.export, {False, True}
 
-    def export_wrong(model, part, shape):
-        wrong = copy.deepcopy(model)
-        with torch.no_grad():
-            wrong[-1].weight *= 1.001
-            wrong[-1].bias *= 1.001
-        right(wrong, part, shape)
+    def export(model, part, shape, dynamo):
+        changed = copy.deepcopy(model)
+        if dynamo in wrong_ones:
+            with torch.no_grad():
+                changed[-1].weight *= 1.001
+                changed[-1].bias *= 1.001
+        return right(changed, part, shape, False)
 
-    monkeypatch.setattr(conversion, "export_by_torchscript", export_wrong)
-    monkeypatch.setattr(conversion, "export_by_dynamo", export_wrong)
+    monkeypatch.setattr(conversion, "export", export)
     with pytest.raises(NetworksDisagree, match="relative error 1.0e-03"):
-        convert(make_network(small), path, references)
+        convert(make_network(small, "small"), references)
     assert list(path.parent.iterdir()) == []
-    monkeypatch.setattr(conversion, "export_by_dynamo", right)
-    convert(make_network(small), path, references)
+    wrong_ones.remove(True)
+    convert(make_network(small, "small"), references)
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_conversion_that_succeeds_leaves_no_older_weights(tmp_path, small, capsys):
-    """The .data of an older file goes; a file that is no ONNX is replaced."""
+def test_a_conversion_that_succeeds_leaves_no_older_weights(tmp_path, small, monkeypatch):
+    """The .data of an older file goes; a file that isn't ONNX is replaced."""
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "models" / "small.onnx"
     path.parent.mkdir()
     path.write_text("an older file of that name")
     (path.parent / "small.onnx.data").write_text("its weights")
     blob = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    found = convert(make_network(small), path, get_references(small, blob))
+    found = convert(make_network(small, "small"), get_references(small, blob))
     assert list(path.parent.iterdir()) == [path]
-    assert (found.path, found.classes) == (path, 1000)
+    assert (found.path.absolute(), found.outputs) == (path, 1000)
     assert sorted(found.engines) == ["classic", "new"]
     net = cv2.dnn.readNetFromONNX(str(path))
     net.setInput(blob)
@@ -493,11 +492,11 @@ def test_outputs_that_prove_nothing(value):
 
 def test_a_file_called_random_is_not_taken_for_random_weights(tmp_path):
     (tmp_path / "random.pth").write_bytes(b"weights")
-    weights = parse_weights("squeezenet1_1", str(tmp_path / "random.pth"))
-    stem = get_onnx_path("squeezenet1_1", weights, "models").stem
+    stem = get_onnx_path(Request("squeezenet1_1", str(tmp_path / "random.pth"))).stem
     assert not stem.endswith("-random") and stem != "squeezenet1_1"
-    weights = parse_weights("squeezenet1_1", "RANDOM")
-    assert get_onnx_path("squeezenet1_1", weights, "models").stem == "squeezenet1_1-random"
+    assert get_onnx_path(Request("squeezenet1_1", "RANDOM")).stem == "squeezenet1_1-random"
+    small = Request("squeezenet1_1", "RANDOM", width=96, height=64)
+    assert get_onnx_path(small).stem == "squeezenet1_1-96-64-random"
 
 
 # --- the project's own facts ----------------------------------------------------------------------
@@ -506,18 +505,11 @@ def test_a_file_called_random_is_not_taken_for_random_weights(tmp_path):
 def test_standalone_constants_are_the_projects():
     """classification.py travels alone and so has its own copy of three facts."""
     import classification
-    import default_preprocess_config as preset
     from test_config import RESULTS_DIR, TestClsModuleConfig
 
-    own = classification.TORCHVISION_PREPROCESSING
-    blob = preset.pytorch_resize_input_blob
-    assert own.scale == preset.BASE_IMG_SCALE_FACTOR == float(blob["scale"])
-    assert own.mean == tuple(float(v) for v in blob["mean"])
-    assert own.std == tuple(float(v) for v in blob["std"])
-    assert (own.crop, own.rgb) == (blob["crop"] == "True", blob["rgb"] == "True")
-    assert (own.width, own.height) == (224, 224)
-    assert (own.initial_width, own.initial_height) == (256, 256)
-    assert (blob["rsz_width"], blob["rsz_height"]) == ("256", "256")
+    own = Preprocessing(**read_tutorial(classification.TORCHVISION))
+    assert own == IMAGENETS
+    assert own.scale == 1 / 255 and own.mean == (123.675, 116.28, 103.53)
     assert str(classification.BUNDLED_PICTURE).endswith(TestClsModuleConfig().input_img)
     assert str(classification.BUNDLED_LABELS).endswith(TestClsModuleConfig().classes)
     assert classification.RESULTS_DIR == RESULTS_DIR
@@ -552,7 +544,7 @@ def test_every_config_field_is_an_option(run):
     text = run("py_to_py_cls.py", "--help").stdout
     for config in (TestClsConfig, TestClsModuleConfig):
         for field in dataclasses.fields(config):
-            assert f"--{field.name} " in text
+            assert (f"--{field.name} " in text) == (field.name != "model")
 
 
 @pytest.mark.parametrize(
@@ -590,62 +582,3 @@ def test_a_converted_file_that_was_changed_is_converted_again(run, folder, weigh
     assert "verified before" not in second.stdout
     assert read_answer(second.stdout) == read_answer(first.stdout)
     assert "verified before" in run("py_to_py_cls.py", *options).stdout
-
-
-def test_a_network_that_branches_on_its_input_is_refused(run, folder):
-    """Tracing keeps one branch: silently wrong for pictures that take the other."""
-    (folder / "branches.py").write_text(
-        "import torch\n"
-        "class Net(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        torch.manual_seed(0)\n"
-        "        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU(),\n"
-        "            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 5))\n"
-        "    def forward(self, x):\n"
-        "        y = self.net(x)\n"
-        "        return y if float(x[0, 0, 0, 0]) < 1.9 else y.flip(1)\n"
-    )
-    options = ["--model_name", "branches:Net", "--evaluate", "False", "--mean", "0", "0", "0"]
-    result = run("py_to_py_cls.py", *options)
-    check_one_line(result, "branches on its input", "branches.py, line 10", "< 1.9")
-    assert not list(folder.glob("models/*"))
-
-
-def test_a_killed_conversion_is_swept(folder):
-    """Its folder goes with the next conversion; that of a living process stays."""
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    (folder / f".net.{platform.node()}.{gone.pid}.abcd").mkdir()
-    living = folder / f".net.{platform.node()}.{os.getpid()}.abcd"
-    living.mkdir()
-    with conversion.folder_beside(folder / "other.onnx") as part:
-        assert {p.name for p in folder.iterdir()} == {living.name, part.name}
-    assert {p.name for p in folder.iterdir()} == {living.name}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it ends when its work is done")
-def test_the_verifying_child_ends_with_its_parent(tmp_path):
-    """The child waits for its blobs; the parent is killed while the pipe stays open."""
-    import fcntl
-    import termios
-
-    reader, writer = os.pipe()
-    os.write(writer, b"x")
-    code = "import subprocess, sys, time; "
-    code += "print(subprocess.Popen(sys.argv[1:]).pid, flush=True); time.sleep(600)"
-    child = [sys.executable, str(ROOT / "verify.py"), "x.onnx", "new"]
-    options = {"stdin": reader, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
-    with subprocess.Popen([sys.executable, "-c", code, *child], **options) as parent:
-        pid = int(parent.stdout.readline())
-        unread = b""
-        while unread != bytes(4):  # until it reads
-            time.sleep(0.05)
-            unread = fcntl.ioctl(writer, termios.FIONREAD, bytes(4))
-        parent.kill()
-    status = Path(f"/proc/{pid}/status")
-    deadline = time.monotonic() + 60
-    while status.exists() and "State:\tZ" not in status.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.close(writer)

@@ -1,166 +1,368 @@
-"""Where weights come from, and what is said of a file that holds none."""
+"""Where weights come from: torchvision's, a training script's checkpoint, none, and bad files."""
 
 import argparse
 import hashlib
-import http.server
+import io
+import pathlib
 import pickle
+import re
 import socket
+import socketserver
 import threading
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import check_one_line
 from torchvision import models
 
 import networks
-from common import RequestError
-from networks import (
-    Weights,
-    checkpoints_dir,
-    download,
-    load_network,
-    load_weights,
-    parse_weights,
-)
+from classification import RequestError
+from conversion import get_onnx_path
+from networks import Request, load_network
 
-CACHED = "squeezenet1_1-b8a52dc0.pth"  # what torchvision calls its weights
-CONTENT = bytes(range(256)) * 4096
-NAME = f"net-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"  # as torchvision names its files
+
+@pytest.fixture(scope="module")
+def seven():
+    """A network of seven classes to be treated as if it were trained."""
+    torch.manual_seed(4)
+    return models.squeezenet1_1(num_classes=7).eval()
+
+
+# --- torchvision's weights ------------------------------------------------------------------------
 
 
 @pytest.fixture
-def server():
-    """A server on the loopback address; what it sends is in the page's name."""
-    release = threading.Event()
+def serve(weights, env, monkeypatch):
+    """serve(page): torchvision's weights of squeezenet1_1 come from the loopback address.
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path == "/silent":
+    The page says how. Returns the file of the cache, which is empty.
+    """
+    content, release = weights.read_bytes(), threading.Event()
+    name = f"squeezenet1_1-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    found = b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content)
+    pages = dict.fromkeys(("whole", "another"), found + content)
+    pages |= dict.fromkeys(("broken", "stalled"), found + content[:1_000_000])
+    pages |= {
+        "silent": b"",
+        "garbage": b"no HTTP\r\n\r\n",
+        "absent": b"HTTP/1.0 404 Not Found\r\n\r\n",
+    }
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            page = self.rfile.readline().decode().split("/")[1]
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(pages[page])
+            if page in ("silent", "stalled"):
                 release.wait(60)
-                return
-            if self.path == "/garbage":
-                self.wfile.write(b"no HTTP\r\n\r\n")
-                return
-            self.send_response(404 if self.path == "/absent" else 200)
-            self.send_header("Content-Length", str(len(CONTENT)))
-            self.end_headers()
-            half = self.path in ("/broken", "/stalled")
-            self.wfile.write(CONTENT[: len(CONTENT) // 2] if half else CONTENT)
-            if self.path == "/stalled":
-                release.wait(60)
 
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+
+    def serve(page):
+        port = 9 if page == "refused" else server.server_address[1]
+        file = "squeezenet1_1-00000000.pth" if page == "another" else name
+        entry = models.SqueezeNet1_1_Weights.IMAGENET1K_V1.value
+        monkeypatch.setattr(entry, "url", f"http://127.0.0.1:{port}/{page}/{file}")
+        monkeypatch.setenv("TORCH_HOME", env["TORCH_HOME"])
+        return pathlib.Path(env["TORCH_HOME"], "hub", "checkpoints", file)
+
+    yield serve
     release.set()
     server.shutdown()
+    server.server_close()
 
 
-def test_download(server, tmp_path):
-    path = tmp_path / "cache" / NAME
-    download(f"{server}/whole", path)
-    assert path.read_bytes() == CONTENT
+def test_download(serve, squeezenet, capsys):
+    path = serve("whole")
+    network = load_network(Request("squeezenet1_1"), or_random=False)
+    assert network.weights == "IMAGENET1K_V1" and network.published["acc@1"] == 58.178
+    assert torch.equal(network.model.classifier[1].weight, squeezenet.classifier[1].weight)
     assert list(path.parent.iterdir()) == [path]
-    assert socket.getdefaulttimeout() is None
+    assert capsys.readouterr().err == "" and socket.getdefaulttimeout() is None
 
 
 @pytest.mark.parametrize(
     "page, words, timeout",
     [
         ("broken", "invalid hash value", 30),
+        ("another", "invalid hash value", 30),
         ("silent", "timed out", 0.5),
         ("stalled", "timed out", 0.5),
         ("absent", "Not Found", 30),
         ("garbage", "no HTTP", 30),
+        ("refused", "refused", 30),
     ],
 )
-def test_download_that_fails_leaves_nothing(server, tmp_path, monkeypatch, page, words, timeout):
-    """Neither a file nor a changed time limit for what else the process does."""
+def test_download_that_fails(serve, monkeypatch, capsys, page, words, timeout):
+    """Random weights and a warning, or an error; no file, and no changed time limit."""
     assert 10 <= networks.DOWNLOAD_TIMEOUT <= 60
     monkeypatch.setattr(networks, "DOWNLOAD_TIMEOUT", timeout)
-    with pytest.raises(RequestError, match=words) as caught:
-        download(f"{server}/{page}", tmp_path / NAME)
-    assert str(caught.value).startswith(f"{NAME}: ")
-    assert list(tmp_path.iterdir()) == []
+    path = serve(page)
+    with pytest.raises(RequestError, match=f"{path.name}: .*{words}.*--weights") as caught:
+        load_network(Request("squeezenet1_1"), or_random=False)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().err == ""
+    network = load_network(Request("squeezenet1_1"))
+    assert (network.weights, network.published) == ("random", {}) and network.request.is_random
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^WARNING: .*{path.name}: .*{words}.* RANDOM WEIGHTS", line)
+    assert [file for file in path.parents[2].rglob("*") if file.is_file()] == []
     assert socket.getdefaulttimeout() is None
 
 
-def test_download_of_another_file(server, tmp_path):
-    with pytest.raises(RequestError, match="net-00000000.pth: invalid hash value"):
-        download(f"{server}/whole", tmp_path / "net-00000000.pth")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_download_from_a_port_where_nobody_listens(tmp_path):
-    with pytest.raises(RequestError, match=f"{NAME}: .*refused"):
-        download("http://127.0.0.1:9/net.pth", tmp_path / NAME)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "changed", [{}, {"TORCH_HOME": "~/a"}, {"TORCH_HOME": "/a"}, {"XDG_CACHE_HOME": "/b/c"}]
-)
-def test_cache_is_torchvisions(monkeypatch, changed):
-    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in changed.items():
-        monkeypatch.setenv(name, value)
-    assert str(checkpoints_dir()) == f"{torch.hub.get_dir()}/checkpoints"
-
-
-@pytest.mark.parametrize("text", [None, "imagenet1k_v1", "DEFAULT"])
+@pytest.mark.parametrize("text", ["", "imagenet1k_v1", "DEFAULT"])
 def test_cached_weights_are_taken(monkeypatch, env, put_weights, weights, squeezenet, text):
     """Without a download, but not a file that torchvision's name doesn't fit."""
     monkeypatch.setenv("TORCH_HOME", env["TORCH_HOME"])
-    monkeypatch.setattr(networks, "download", None)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
     cached = put_weights(weights)
-    network = load_network("squeezenet1_1", parse_weights("squeezenet1_1", text))
-    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert network.weights == Weights("torchvision", "IMAGENET1K_V1", cached, sha256, True)
+    network = load_network(Request("squeezenet1_1", text))
+    assert network.weights == "IMAGENET1K_V1"
     assert torch.equal(network.model.classifier[1].weight, squeezenet.classifier[1].weight)
     torch.save(squeezenet.state_dict() | {"classifier.1.bias": torch.ones(1000)}, cached)
     with pytest.raises(RequestError, match=f"{cached}: not the file .* delete it"):
-        load_network("squeezenet1_1", parse_weights("squeezenet1_1", text))
+        load_network(Request("squeezenet1_1", text))
 
 
-def test_weights_that_are_not_the_first(monkeypatch, tmp_path):
-    """torchvision's DEFAULT of resnet50 are its second, and the file is named after them."""
+@pytest.mark.parametrize("text, version, resize", [("", 1, 256), ("default", 2, 232)])
+def test_weights_that_are_not_the_first(monkeypatch, tmp_path, small, text, version, resize):
+    """torchvision's DEFAULT of resnet50 are its second, which want another resize."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    cached = tmp_path / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth"
-    cached.parent.mkdir(parents=True)
-    cached.write_bytes(b"weights")
-    digest = "11ad3fa6" + "0" * 56
-    monkeypatch.setattr(networks, "get_digest", lambda path, algorithm: digest)
-    wanted = parse_weights("resnet50", "default")
-    found = networks.find_torchvision_weights("resnet50", wanted, or_random=False)
-    assert (found.name, found.path, found.default) == ("IMAGENET1K_V2", cached, False)
-
-
-def test_state_dict_is_loaded(weights, squeezenet):
-    network = load_network("squeezenet1_1", parse_weights("squeezenet1_1", str(weights)))
-    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert network.weights == Weights("file", "trained.pth", weights, sha256, False)
-    batch = torch.randn(2, 3, 224, 224, generator=torch.manual_seed(5))
-    with torch.no_grad():
-        assert torch.equal(network.model(batch), squeezenet(batch))
+    taken = []
+    monkeypatch.setattr(
+        models, "get_model", lambda *_, weights, **__: taken.append(weights) or small
+    )
+    network = load_network(Request("resnet50", text))
+    assert [entry.name for entry in taken] == [network.weights] == [f"IMAGENET1K_V{version}"]
+    assert network.published == taken[0].meta["_metrics"]["ImageNet-1K"]
+    assert network.preprocessing.initial_width == resize
 
 
 def test_random_networks_are_the_same_every_time():
     """Whatever the generator's state; with BatchNorm that is calibrated."""
-    wanted = parse_weights("shufflenet_v2_x0_5", "random")
-    first = load_network("shufflenet_v2_x0_5", wanted)
+    first = load_network(Request("shufflenet_v2_x0_5", "random"))
     torch.manual_seed(7)
-    second = load_network("shufflenet_v2_x0_5", wanted)
-    assert first.weights == second.weights == Weights("random", "random")
+    second = load_network(Request("shufflenet_v2_x0_5", "RANDOM"))
+    assert first.weights == second.weights == "random"
     states = [network.model.state_dict() for network in (first, second)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    variance = states[0]["conv1.1.running_var"]
-    assert not (variance == 1).any()
+    assert not (states[0]["conv1.1.running_var"] == 1).any()
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [("squeezenet1_1", "not a file.*IMAGENET1K_V1.*'random'"), ("my_module:Net", "no such file")],
+)
+def test_weights_that_are_missing(name, words):
+    """They are named as they were typed."""
+    with pytest.raises(RequestError, match=f"--weights ck/NoSuch.pth: {words}"):
+        load_network(Request(name, "ck/NoSuch.pth"))
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def check_loaded(path, network, key=""):
+    """The file gives squeezenet1_1 the answers of `network`."""
+    loaded = load_network(Request("squeezenet1_1", str(path), key))
+    assert loaded.weights == path.name and loaded.published == {}
+    batch = torch.randn(2, 3, 96, 96, generator=torch.manual_seed(5))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(batch), network(batch))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "net."])
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict", "net"])
+def test_wrapped_checkpoints(tmp_path, seven, prefix, key):
+    state = prefixed(seven, prefix)
+    torch.save(state if key is None else {"epoch": 3, key: state}, tmp_path / "my.pth")
+    check_loaded(tmp_path / "my.pth", seven)
+
+
+def prefixed(model, prefix):
+    return {prefix + name: value for name, value in model.state_dict().items()}
+
+
+def reference_script(model):
+    """What torchvision's references/classification/train.py saves, with --model-ema."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # without a gradient the weights stay, and the optimizer has a state
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 30)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():  # another model, so another answer
+        for parameter in average.parameters():
+            parameter += 0.1
+    args = argparse.Namespace(lr=0.1, output_dir=".", data_path=pathlib.Path("/data"), amp=None)
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+        "epoch": 3,
+        "args": args,
+        "model_ema": average.state_dict(),
+        "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 0},
+    }
+
+
+def lightning(model, prefix, **more):
+    """What a LightningModule with the network as an attribute saves; more: of its other modules."""
+    return {
+        "epoch": 3,
+        "global_step": np.int64(1200),
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": prefixed(model, prefix) | more,
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.9), "dirpath": "."}},
+        "optimizer_states": [],
+        "hyper_parameters": {"lr": 0.1},
+    }
+
+
+CHECKPOINTS = {
+    "torchvision's reference script": reference_script,
+    "Lightning": lambda m: lightning(m, "model."),
+    "Lightning, compiled": lambda m: lightning(m, "model._orig_mod."),
+    "EMA": lambda m: {"model_ema": torch.optim.swa_utils.AveragedModel(m).state_dict()},
+    "AveragedModel": lambda m: torch.optim.swa_utils.AveragedModel(m).state_dict(),
+    "NumPy scalars": lambda m: {
+        "acc": np.float64(93.1), "loss": np.float32(0.5), "epoch": np.int64(5),
+        "best": np.bool_(True), "net": prefixed(m, "module."),
+    },
+    "paths": lambda m: {
+        "from": pathlib.Path("runs/1"), "at": pathlib.PureWindowsPath("C:/x"), "net": m.state_dict()
+    },
+    "options": lambda m: {
+        "opt": argparse.Namespace(out=pathlib.Path("x"), inner=argparse.Namespace(b=np.float64(1))),
+        "net": m.state_dict(),
+    },
+    "another network first": lambda m: {
+        "teacher": torch.nn.Linear(2, 2).state_dict(), "student": m.state_dict()
+    },
+    "numbers for keys": lambda m: {"class_weights": {0: torch.ones(1)}, "model": m.state_dict()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoints_of_training_scripts(tmp_path, seven, kind):
+    """Each has the weights somewhere among other things."""
+    path = tmp_path / "my.pth"
+    torch.save(CHECKPOINTS[kind](seven), path)
+    check_loaded(path, seven)
+    torch.save(CHECKPOINTS[kind](seven), path, _use_new_zipfile_serialization=False)
+    check_loaded(path, seven)
+
+
+def test_a_weighted_loss_beside_the_network(tmp_path, seven, capsys):
+    """What lies outside the network's prefix is left out, by name; inside it, it is an error."""
+    path = tmp_path / "my.ckpt"
+    loss = {"criterion.weight": torch.ones(7)}
+    torch.save(lightning(seven, "model.", **loss), path)
+    check_loaded(path, seven)
+    out = capsys.readouterr().out
+    assert f"{path}: taking what is under 'model.', without criterion.weight\n" in out
+    torch.save(lightning(seven, "model.", **loss, **{"model.extra.weight": torch.ones(7)}), path)
+    with pytest.raises(RequestError, match="not the weights of squeezenet1_1.*extra.weight"):
+        load_network(Request("squeezenet1_1", str(path)))
+
+
+def test_which_of_two_weights_is_taken(run, tmp_path, seven, capfd):
+    """The first, which is said; or what --weights_key names, a dictionary or a prefix of keys."""
+    path = tmp_path / "my.pth"
+    torch.save(reference_script(seven), path)
+    check_loaded(path, seven)
+    out = capfd.readouterr().out
+    assert re.search(f"{path}: weights in 'model' and 'model_ema.*': taking 'model'; --weig", out)
+    with pytest.raises(RequestError, match=f"{path}: no .*'ema', only model, optimizer, lr_sch"):
+        load_network(Request("squeezenet1_1", str(path), "ema"))
+    other = models.squeezenet1_1(num_classes=7).eval()
+    halves = prefixed(other, "encoder_k.") | prefixed(seven, "encoder_q.")
+    for checkpoint, key in (
+        ({"state_dict": seven.state_dict()}, ""),
+        ({"model": other.state_dict(), "model_ema": seven.state_dict()}, "model_ema"),
+        ({"model": other.state_dict(), "model_ema": prefixed(seven, "module.")}, "model_ema"),
+        (halves, "encoder_q"),
+        ({"state_dict": halves, "epoch": 3}, "encoder_q"),
+        ({"a": halves, "b": prefixed(other, "encoder_q.")}, "a.encoder_q"),
+    ):
+        torch.save(checkpoint, path)
+        check_loaded(path, seven, key)
+        assert "--weights_key" not in capfd.readouterr().out
+    names = [get_onnx_path(Request("a", str(path), key)).name for key in ("", "model_ema")]
+    assert names == ["a-my.onnx", "a-my-model_ema.onnx"]
+    result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", "--weights_key", "model_ema")
+    check_one_line(result, "--weights_key has no effect without --weights FILE")
+
+
+def test_safetensors(monkeypatch, tmp_path, seven):
+    path = tmp_path / "my.safetensors"
+    safetensors.torch.save_file(seven.state_dict(), path)
+    check_loaded(path, seven)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match="pip install safetensors"):
+        load_network(Request("squeezenet1_1", str(path)))
+
+
+VIT = pytest.param("vit_b_32", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", ["as PyTorch saves it", "as torchvision 0.2 saved it"])
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2", "swin_t", "densenet121", "mnasnet0_5", "regnet_y_400mf", VIT]
+)
+def test_the_head_is_sized_from_the_file(tmp_path, name, kind):
+    """Of each architecture that torchvision builds or loads in a way of its own."""
+    saved = models.get_model(name, num_classes=13).state_dict()
+    state = type(saved)((k, torch.rand(v.shape).to(v.dtype)) for k, v in saved.items())
+    if kind == "as PyTorch saves it":
+        state._metadata = saved._metadata
+    else:  # without versions and counts of batches, and DenseNet's layers called norm.1
+        layer = re.compile(r"(denselayer\d+\.(?:norm|conv))([12]\.)")
+        state = {layer.sub(r"\1.\2", k): v for k, v in state.items() if "num_batches" not in k}
+    torch.save(state, tmp_path / "my.pth")
+    loaded = load_network(Request(name, str(tmp_path / "my.pth"))).model.state_dict()
+    assert 13 in {len(value) for value in loaded.values() if value.ndim}
+    if kind != "as PyTorch saves it":
+        loaded = {key: value for key, value in loaded.items() if "num_batches" not in key}
+    assert all(map(torch.equal, state.values(), loaded.values()))
+    assert len(state) == len(loaded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.list_models(module=models))
+def test_the_head_is_the_last_parameter_of_two_dimensions(name):
+    options = {"aux_logits": False, "init_weights": False}
+    options = options if name in ("googlenet", "inception_v3") else {}
+    device = "cpu" if name.startswith("regnet") else "meta"  # which RegNet's code can't take
+    shapes = []
+    for classes in (1000, 7):
+        with torch.device(device):
+            parameters = models.get_model(name, num_classes=classes, **options).named_parameters()
+            shapes.append({key: value.shape for key, value in parameters if value.ndim > 1})
+        del parameters  # 2.6 GB
+    changed = [key for key in shapes[0] if shapes[0][key] != shapes[1][key]]
+    assert changed == list(shapes[0])[-1:]
+
+
+def test_inception_that_was_trained_from_torchvisions(tmp_path, capsys):
+    """Auxiliary heads in the file are left out; the input is transformed, and that is said."""
+    with torch.device("meta"):
+        state = models.inception_v3(num_classes=5, init_weights=False).state_dict()
+    assert any(key.startswith("AuxLogits.") for key in state)
+    state = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in state.items()}
+    torch.save(state, tmp_path / "my.pth")
+    model = load_network(Request("inception_v3", str(tmp_path / "my.pth"))).model
+    assert model.transform_input and model.AuxLogits is None and model.fc.out_features == 5
+    assert "transform_input=True" in capsys.readouterr().err
+
+
+# --- bad files ------------------------------------------------------------------------------------
 
 
 class Code:
@@ -170,105 +372,68 @@ class Code:
         return (print, ("the pickle's code ran",))
 
 
-def write_bad_file(kind, path, weights):
-    if kind == "truncated":
-        path.write_bytes(weights.read_bytes()[:1_000_000])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "code":
-        path.write_bytes(pickle.dumps(Code()))
-    elif kind == "code beside the weights":
-        torch.save({"state_dict": torch.load(weights), "args": Code()}, path)
-    elif kind == "code in a Namespace":
-        torch.save({"model": torch.load(weights), "args": argparse.Namespace(lr=Code())}, path)
-    elif kind == "code in the older format":
-        state = {"model": torch.load(weights), "args": argparse.Namespace(lr=Code())}
-        torch.save(state, path, _use_new_zipfile_serialization=False)
-    elif kind == "NumPy objects":
-        torch.save({"model": torch.load(weights), "acc": np.array([Code()])}, path)
-    elif kind == "whole model":
-        torch.save(models.squeezenet1_1(), path)
-    elif kind == "tensor":
-        torch.save(torch.zeros(3), path)
-    elif kind == "no tensors":
-        torch.save({"epoch": 3, "args": argparse.Namespace(lr=0.1)}, path)
-    elif kind == "text":
-        path.write_text("hello world\n")
-    elif kind in ("nan", "inf"):
-        bias = torch.full((1000,), float(kind))
-        torch.save(torch.load(weights) | {"classifier.1.bias": bias}, path)
-    elif kind == "no tensor among them":
-        torch.save(torch.load(weights) | {"classifier.1.bias": 3}, path)
-    elif kind == "a head that isn't a tensor":
-        torch.save(torch.load(weights) | {"classifier.1.weight": 3}, path)
-    elif kind == "other architecture":
-        torch.save({"conv.weight": torch.zeros(3)}, path)
-    elif kind == "other classes":
-        weight = torch.zeros(7, 512, 1, 1)
-        torch.save(torch.load(weights) | {"classifier.1.weight": weight}, path)
+def saved(checkpoint, **options):
+    file = io.BytesIO()
+    torch.save(checkpoint, file, **options)
+    return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    "kind, words",
-    [
-        ("truncated", "can't be read .*truncated"),
-        ("empty", "can't be read .*truncated"),
-        ("code", "more than tensors"),
-        ("code beside the weights", "more than tensors"),
-        ("code in a Namespace", "more than tensors"),
-        ("code in the older format", "more than tensors"),
-        ("NumPy objects", "more than tensors"),
-        (
-            "whole model",
-            "torch.nn.modules.activation.ReLU, .*could run code",
-        ),
-        ("tensor", "no state dict"),
-        ("no tensors", "no state dict"),
-        ("text", "can't be read .*another format"),
-        ("nan", "classifier.1.bias isn't a tensor of finite numbers"),
-        ("inf", "classifier.1.bias isn't a tensor of finite numbers"),
-        ("no tensor among them", "not the weights of squeezenet1_1.*classifier.1.bias"),
-        ("a head that isn't a tensor", "not the weights of squeezenet1_1.*classifier.1"),
-        ("other architecture", "not the weights of squeezenet1_1"),
-        ("other classes", "not the weights of squeezenet1_1.*classifier.1.bias"),
-    ],
-)
-def test_bad_weights_file(tmp_path, weights, capfd, kind, words):
+CODE = "more than tensors.*could run code"
+FINITE = "classifier.1.bias isn't a tensor of finite numbers"
+OTHER = "not the weights of squeezenet1_1.*"
+OWN_CODE = ".*--model_name MODULE:FUNCTION --weights FILE"
+WEIGHT, BIAS, STEM = "classifier.1.weight", "classifier.1.bias", "features.0.weight"
+ARGS = argparse.Namespace(lr=Code())
+OLDER_FORMAT = {"_use_new_zipfile_serialization": False}
+BAD_FILES = {  # {kind: (words of the message, the file's content or an object from a state dict)}
+    "truncated": ("can't be read.*truncated", lambda s: saved(s)[:1_000_000]),
+    "empty": ("can't be read.*truncated", lambda s: b""),
+    "text": ("can't be read.*another format", lambda s: b"hello world\n"),
+    "pickle": ("can't be read.*another format", lambda s: pickle.dumps({"model": 3})),
+    "code": (CODE, lambda s: pickle.dumps(Code(), protocol=2)),  # as torch.save has it
+    "code beside the weights": (CODE, lambda s: {"state_dict": s, "args": Code()}),
+    "code in a Namespace": (CODE, lambda s: {"model": s, "args": ARGS}),
+    "code in an older file": (CODE, lambda s: saved({"model": s, "args": ARGS}, **OLDER_FORMAT)),
+    "code in NumPy objects": (CODE, lambda s: {"model": s, "acc": np.array([Code()])}),
+    "model": ("squeezenet.SqueezeNet, could run code", lambda s: models.squeezenet1_1()),
+    "tensor": ("no weights of this network", lambda s: torch.zeros(3)),
+    "no tensors": ("no weights.*epoch, args", lambda s: {"epoch": 3, "args": argparse.Namespace()}),
+    "nan": (FINITE, lambda s: s | {BIAS: torch.full((1000,), np.nan)}),
+    "inf": (FINITE, lambda s: s | {BIAS: torch.full((1000,), np.inf)}),
+    "no tensor among them": (OTHER + BIAS, lambda s: s | {BIAS: 3}),
+    "a head that isn't a tensor": (OTHER + WEIGHT, lambda s: s | {WEIGHT: 3}),
+    "other classes": (OTHER + BIAS, lambda s: s | {WEIGHT: torch.zeros(7, 512, 1, 1)}),
+    "another architecture": (
+        OTHER + "Missing key.*features.3.squeeze.weight" + OWN_CODE,
+        lambda s: {STEM: s[STEM], "fc.weight": torch.ones(3)},
+    ),
+    "a changed head": (
+        OTHER + WEIGHT + ".*classifier.1.0.weight" + OWN_CODE,
+        lambda s: {key.replace("classifier.1.", "classifier.1.0."): s[key] for key in s},
+    ),
+    "a changed stem": (OTHER + STEM + OWN_CODE, lambda s: s | {STEM: torch.zeros(64, 3, 5, 5)}),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_weights_file(tmp_path, weights, capfd, kind):
     path = tmp_path / "bad.pth"
-    write_bad_file(kind, path, weights)
+    words, build = BAD_FILES[kind]
+    content = build(torch.load(weights))
+    path.write_bytes(content if isinstance(content, bytes) else saved(content))
     with pytest.raises(RequestError, match=words) as caught:
-        load_weights("squeezenet1_1", path)
+        load_network(Request("squeezenet1_1", str(path)))
     assert "\n" not in str(caught.value) and "bad.pth" in str(caught.value)
     assert "code ran" not in capfd.readouterr().out
-    if "code" in kind or kind == "NumPy objects":  # that it could have run
-        (
-            pickle.loads(path.read_bytes())
-            if kind == "code"
-            else torch.load(path, weights_only=False)
-        )
+    if "code" in kind:  # that it could have run
+        pickle.loads(content) if kind == "code" else torch.load(path, weights_only=False)
         assert "code ran" in capfd.readouterr().out
 
 
-def test_weights_of_no_name():
-    words = "IMAGENET1K_V9: not a file.*IMAGENET1K_V1.*'random'"
-    with pytest.raises(RequestError, match=words):
-        load_network("squeezenet1_1", parse_weights("squeezenet1_1", "IMAGENET1K_V9"))
-    with pytest.raises(RequestError, match="--weights nope.pth: no such file"):
-        parse_weights("my_module:Net", "nope.pth")
-
-
 def test_bad_weights_as_the_user_sees_them(run, folder, weights):
-    write_bad_file("code in a Namespace", folder / "bad.pth", weights)
+    torch.save({"model": torch.load(weights), "args": ARGS}, folder / "bad.pth")
     options = ["--model_name", "squeezenet1_1", "--evaluate", "False", "--weights", "bad.pth"]
     result = run("py_to_py_cls.py", *options)
     check_one_line(result, "bad.pth")
     assert "code ran" not in result.stdout
     assert {p.name for p in folder.iterdir()} == {"bad.pth"}
-
-
-def test_a_dictionary_with_numbers_for_keys_beside_the_weights(tmp_path, weights):
-    state = torch.load(weights)
-    path = tmp_path / "checkpoint.pth"
-    torch.save({"class_weights": {0: torch.ones(1), 1: torch.ones(1)}, "model": state}, path)
-    loaded = load_weights("squeezenet1_1", path).state_dict()
-    assert all(torch.equal(loaded[key], state[key]) for key in state)

@@ -9,6 +9,13 @@ import cv2
 import pytest
 from conftest import PICTURES, ROOT, check_one_line, read_answer
 
+from classification import read_zoo
+from common import Preprocessing, read_tutorial, write_entry
+from conversion import Converted
+from default_preprocess_config import pytorch_resize_input_blob
+from networks import get_torchvision_weights, read_transforms
+from py_to_py_cls import MODELS
+
 KOALA = PICTURES / "koala.jpg"
 CONVERT = ["--model_name", "squeezenet1_1", "--evaluate", "False"]
 
@@ -32,15 +39,16 @@ def read_raw(path, name):
 
 
 def test_entry_of_a_converted_network(run, start, folder, weights):
+    """One entry per file, named like it; it has all that OpenCV's samples and ours need."""
     result = run("py_to_py_cls.py", *CONVERT, "--weights", weights)
-    assert "models/models.yml: python classification.py squeezenet1_1" in result.stdout
+    name = "squeezenet1_1-trained"
+    assert f"models/models.yml: python classification.py {name}" in result.stdout
     path = folder / "models" / "models.yml"
-    entry = read_entry(path, "squeezenet1_1")
-    assert entry == read_entry(path, "squeezenet1_1-trained")
+    entry = read_entry(path, name)
     classes = folder / "models" / entry.pop("classes")
     assert classes.read_bytes() == (PICTURES / "imagenet_classes.txt").read_bytes()
     assert entry == {
-        "model": "squeezenet1_1-trained.onnx",
+        "model": f"{name}.onnx",
         "sample": "classification",
         "scale": pytest.approx(1 / 255),
         "mean": [123.675, 116.28, 103.53],
@@ -48,23 +56,23 @@ def test_entry_of_a_converted_network(run, start, folder, weights):
         "width": 224,
         "height": 224,
     }
-    raw = read_raw(path, "squeezenet1_1")
-    sha1 = hashlib.sha1((folder / "models" / "squeezenet1_1-trained.onnx").read_bytes()).hexdigest()
+    raw = read_raw(path, name)
+    sha1 = hashlib.sha1((folder / "models" / f"{name}.onnx").read_bytes()).hexdigest()
     assert f'  load_info: {{ sha1: "{sha1}" }}\n' in raw
-    assert "  rgb: true\n" in raw and "weights" not in raw
-    assert '  engine: "new"\n' in raw or '  engine: "classic"\n' in raw
+    assert "  rgb: true\n" in raw and "  outputs: 1000\n" in raw and "weights" not in raw
+    engines = read_zoo(path)[name]["engines"]
+    assert sorted(engines) == ["classic", "new"] and f'  engine: "{engines[0]}"\n' in raw
 
-    # random weights have an entry of their own, and leave the trained network its name
+    # random weights have an entry of their own
     result = run("py_to_py_cls.py", *CONVERT, "--weights", "random")
     assert "models/models.yml: python classification.py squeezenet1_1-random" in result.stdout
-    assert read_entry(path, "squeezenet1_1")["model"] == "squeezenet1_1-trained.onnx"
+    assert read_raw(path, name) == raw
     assert read_entry(path, "squeezenet1_1-random")["model"] == "squeezenet1_1-random.onnx"
-    assert "changed:" not in result.stdout
     assert '  weights: "random"\n' in read_raw(path, "squeezenet1_1-random")
-    assert path.read_text().count("  rgb: true\n") == 3
+    assert set(read_zoo(path)) == {name, "squeezenet1_1-random"}
 
-    by_name = run("classification.py", "squeezenet1_1", "--input", KOALA)
-    by_file = run("classification.py", "--input", "models/squeezenet1_1-trained.onnx", KOALA)
+    by_name = run("classification.py", name, "--input", KOALA)
+    by_file = run("classification.py", "--input", f"models/{name}.onnx", KOALA)
     assert read_answer(by_name.stdout) == read_answer(by_file.stdout)
     assert "RANDOM" not in by_name.stdout
     assert "RANDOM" in run("classification.py", "squeezenet1_1-random").stdout
@@ -72,9 +80,7 @@ def test_entry_of_a_converted_network(run, start, folder, weights):
     # the folder can be taken elsewhere: nothing of the project is needed
     shutil.move(folder / "models", folder.parent / "elsewhere")
     shutil.copy(ROOT / "classification.py", folder.parent / "elsewhere")
-    moved = start(
-        folder.parent / "elsewhere" / "classification.py", "squeezenet1_1", "--input", KOALA
-    )
+    moved = start(folder.parent / "elsewhere" / "classification.py", name, "--input", KOALA)
     assert read_answer(moved.stdout) == read_answer(by_name.stdout)
 
 
@@ -94,6 +100,18 @@ def zoo(folder, model):
         'half:\n  model: "net.onnx"\n  initial_width: 256\n  sample: "classification"\n'
         'odd:\n  model: "net.onnx"\n  mean: [1, "x", 3]\n  sample: "classification"\n'
     )
+    for name, line in (
+        ("two", 'width: "a"'),
+        ("three", "height: [8, 7]"),
+        ("four", "std: [1, 2]"),
+        ("inf", "scale: .inf"),
+        ("ort", 'engine: "ort"'),
+        ("vgg16-random", "scale: 1.0"),
+        ("tiny", "std: []\n  mean: [-1e-05, -2, 0.5]\n  scale: -1.5e-05\n  rgb: 1"),
+        ("empty", "mean: []"),
+    ):
+        entry = f'{name}:\n  {line}\n  model: "net.onnx"\n  sample: "classification"\n'
+        path.write_text(path.read_text() + entry)
     return path
 
 
@@ -133,9 +151,15 @@ def test_entry_of_opencvs_samples(run, zoo):
     [
         (["face"], ["models.yml", "no entry 'face'"]),
         (["koala.jpg"], ["no entry 'koala.jpg'", "--input"]),
-        (["half"], ["models.yml: half: initial_width", "go together"]),
+        (["half"], ["models.yml: half: --initial_width", "go together"]),
         (["net", "--initial_width", "256"], ["--initial_width", "go together"]),
-        (["odd"], ["models.yml: odd: mean", "'x'"]),
+        (["odd"], ["models.yml: odd: argument --mean: invalid finite value: 'x'"]),
+        (["two"], ["models.yml: two: argument --width", "'a'"]),
+        (["three"], ["models.yml: three: unrecognized arguments: 7"]),
+        (["four"], ["models.yml: four: argument --std: expected 3 arguments"]),
+        (["inf"], ["models.yml: inf: argument --scale: invalid non_zero value: 'inf'"]),
+        (["ort"], ["models.yml: ort: argument --engine: invalid choice: 'ort'"]),
+        (["vgg16"], ["no entry 'vgg16'", "did you mean vgg16-random?"]),
         (["net", "--zoo", "broken.yml"], ["broken.yml", "YAML"]),
         (["net", "--zoo", "absent.yml"], ["absent.yml"]),
     ],
@@ -146,38 +170,39 @@ def test_entries_that_cannot_be_used(run, folder, zoo, arguments, words):
     check_one_line(run("classification.py", *arguments), *words)
 
 
-def test_other_peoples_entries_stay_as_they_are(tmp_path, capsys):
-    """Comments, numbers that cv2.FileStorage doesn't hold, and values that are no entries."""
-    from common import TORCHVISION_PREPROCESSING, add_to_zoo, read_zoo
-    from conversion import Converted
+def test_numbers_of_every_kind(run, zoo):
+    """-1e-05 isn't an option, `std: []` and `mean: []` are none, an option wins over an entry."""
+    result = run("classification.py", "tiny", "--zoo", zoo, "--input", KOALA, "--crop", "yes")
+    expected = "scale -1.5e-05, mean -1e-05 -2 0.5, std none, rgb True, crop True, size 224x224"
+    assert expected in result.stdout, result.stderr
+    result = run("classification.py", "empty", "--zoo", zoo, "--input", KOALA)
+    assert "scale 1, mean 0 0 0, std none, rgb False" in result.stdout
 
+
+def test_other_peoples_entries_stay_as_they_are(tmp_path):
+    """Comments, numbers that cv2.FileStorage doesn't hold, and values that aren't entries."""
     before = '%YAML 1.0\n---\n# mine\nnote: "x"\nbig: 5000000000\nnet:\n  model: "a.onnx"\n'
     after = 'é.net:\n  load_info:\n    url: "true"\n  list: [ {x: 1}, {y: 2} ]\n'
     path = tmp_path / "models.yml"
     path.write_text(before + after, "utf-8")
-    (tmp_path / "net.onnx").write_bytes(b"model")
-    add_to_zoo(
-        "net", Converted(tmp_path / "net.onnx", ["new"], 1000), TORCHVISION_PREPROCESSING, None
-    )
+    converted = Converted(tmp_path / "net.onnx", ["new"], 1000, {"sha1": "0"}, "1")
+    preprocessing = Preprocessing(**read_tutorial(pytorch_resize_input_blob))
+    write_entry(converted, preprocessing, None, "2")
     text = path.read_text("utf-8")
     others = before.replace('net:\n  model: "a.onnx"\n', "") + after
     assert text.startswith(others) and text.count("net:\n") == 2
-    assert read_zoo(path)["net"]["model"] == "net.onnx"
-    assert "(changed: crop, engine, height" in capsys.readouterr().out
-    add_to_zoo(
-        "net", Converted(tmp_path / "net.onnx", ["new"], 1000), TORCHVISION_PREPROCESSING, None
-    )
+    assert read_zoo(path)["net"]["made_from"] == {"file": "1", "entry": "2"}
+    write_entry(converted, preprocessing, None, "2")
     assert path.read_text("utf-8") == text
 
     # YAML's end mark, and a key with a space before its colon
     path.write_text(text.replace("\nnet:", "\nnet :") + "...\n", "utf-8")
-    add_to_zoo(
-        "net",
-        Converted(tmp_path / "net.onnx", ["classic", "new"], 1000),
-        TORCHVISION_PREPROCESSING,
-        None,
+    converted.engines = ["classic", "new"]
+    write_entry(converted, preprocessing, None, "2")
+    expected = text.replace('engine: "new"', 'engine: "classic"').replace(
+        '["new"]', '["classic", "new"]'
     )
-    assert path.read_text("utf-8") == text.replace('"new"', '"classic"')
+    assert path.read_text("utf-8") == expected
 
 
 def test_a_name_without_any_entries(run):
@@ -247,8 +272,8 @@ def test_a_size_of_its_own(run, folder):
     result = run("py_to_py_cls.py", *options)
     assert result.returncode == 0, result.stderr
     assert "size 256x256 -> 240x240" in result.stdout
-    assert read_entry(folder / "models" / "models.yml", "efficientnet_b1")["width"] == 240
-    by_name = run("classification.py", "efficientnet_b1")
+    assert read_entry(folder / "models" / "models.yml", "efficientnet_b1-random")["width"] == 240
+    by_name = run("classification.py", "efficientnet_b1-random")
     assert read_answer(by_name.stdout) == read_answer(result.stdout)
     # the file alone finds its entry as well, and not the size of most networks
     by_file = run("classification.py", "--input", "models/efficientnet_b1-random.onnx")
@@ -257,24 +282,18 @@ def test_a_size_of_its_own(run, folder):
 
 def test_presets_are_torchvisions():
     """The tutorial's preset is the metadata of the tutorial's networks; others bring their own."""
-    from default_preprocess_config import pytorch_resize_input_blob
-    from networks import Weights, get_preprocessing, get_transforms
-    from py_to_py_cls import MODELS
-
-    default = Weights("torchvision")
     for name in MODELS:
-        transforms = get_transforms(name, default)
-        assert transforms.crop_size == [224] and transforms.resize_size == [256]
-        assert [f"{255 * v:g}" for v in transforms.mean] == pytorch_resize_input_blob["mean"]
-        assert [f"{v:g}" for v in transforms.std] == pytorch_resize_input_blob["std"]
+        transforms = next(iter(get_torchvision_weights(name).values())).transforms()
+        assert read_transforms(transforms) == Preprocessing(
+            **read_tutorial(pytorch_resize_input_blob)
+        )
     for name, weights, size, resize in [
-        ("resnet50", Weights("torchvision", "IMAGENET1K_V2"), 224, 232),
-        ("inception_v3", default, 299, 342),
-        ("efficientnet_b7", default, 600, 600),
-        ("vit_b_16", Weights("torchvision", "IMAGENET1K_SWAG_E2E_V1"), 384, 384),
-        ("regnet_y_128gf", Weights("random", "random"), 384, 384),
+        ("resnet50", "IMAGENET1K_V2", 224, 232),
+        ("inception_v3", "IMAGENET1K_V1", 299, 342),
+        ("efficientnet_b7", "IMAGENET1K_V1", 600, 600),
+        ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384, 384),
     ]:
-        p = get_preprocessing(name, weights)
+        p = read_transforms(get_torchvision_weights(name)[weights].transforms())
         assert (p.width, p.height, p.initial_width, p.initial_height) == (
             size,
             size,
@@ -282,7 +301,7 @@ def test_presets_are_torchvisions():
             resize,
         )
         assert (p.rgb, p.crop, p.scale) == (True, True, 1 / 255)
-    p = get_preprocessing("efficientnet_v2_l", default)
+    p = read_transforms(get_torchvision_weights("efficientnet_v2_l")["IMAGENET1K_V1"].transforms())
     assert p.mean == (127.5,) * 3 and p.std == (0.5,) * 3
 
 

@@ -1,0 +1,110 @@
+"""A checkpoint file in, the state dict of one network out.
+
+Training scripts wrap state dicts in larger dictionaries, and DataParallel, torch.compile and
+Lightning put "module.", "_orig_mod." and "model." before each key.
+"""
+
+import argparse
+import importlib.util
+import pathlib
+import re
+import warnings
+from collections import Counter, OrderedDict
+
+import numpy as np
+
+from classification import RequestError
+
+# Types that a checkpoint may hold beside tensors: they are data and run nothing.
+INERT_TYPES = [
+    argparse.Namespace,
+    pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath,
+    np.dtype,
+    np._core.multiarray.scalar,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefdU"),
+]  # fmt: skip
+
+AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception v3, for training
+
+
+def read_checkpoint(path):
+    """What torch.load finds in a checkpoint file; RequestError if it isn't one, or may run code."""
+    import torch
+
+    if str(path).endswith(".safetensors") and importlib.util.find_spec("safetensors") is None:
+        raise RequestError(f"{path}: to read it, pip install safetensors")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(INERT_TYPES):
+            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
+            # weights_only: a pickle can run any code, and a downloaded file is a stranger's
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen types for files that aren't its own
+        reason = f"truncated, or another format ({type(error).__name__})"
+        if types := re.findall(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"more than tensors in it, {types[0]}, could run code"
+        raise RequestError(
+            f"{path}: can't be read: {reason}; save one with torch.save(model.state_dict(), FILE), "
+            "or load it yourself in a --model_name MODULE:FUNCTION"
+        ) from None
+
+
+def find_state_dict(checkpoint, wanted, path, weights_key=""):
+    """The tensors of a network in a checkpoint, under the network's own keys.
+
+    wanted: the network's state dict. It takes the first dictionary, the checkpoint itself or one in
+    it, and the first prefix in that, under which all of the network's keys are found, or those that
+    `weights_key` names. If none fits, it takes the one with most keys in common, for
+    load_state_dict's message.
+    """
+    required = {key for key in wanted if not key.endswith("num_batches_tracked")}
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    found = {}  # {label: (how many of the required keys, dictionary, prefix)}
+    for name, state in {"": checkpoint, **checkpoint}.items():
+        for prefix, count in count_keys(state, required).items():
+            label = ".".join(filter(None, (str(name), prefix.rstrip("."))))
+            if weights_key in ("", name) or f".{label}".endswith(f".{weights_key}"):
+                found[label] = count, state, prefix
+    if not found:
+        keys = f", only {', '.join(map(str, checkpoint))[:100]}" if checkpoint else ""
+        raise RequestError(
+            f"{path}: no weights of this network in it{weights_key and f' under {weights_key!r}'}"
+            f"{keys}; save them with torch.save(model.state_dict(), FILE)"
+        )
+    best = max(found, key=lambda label: found[label][0])  # the first of equals
+    fitting = [f"'{label}'" for label, (count, *_) in found.items() if count == len(required)]
+    if len(fitting) > 1:
+        names = " and ".join(fitting)
+        print(f"{path}: weights in {names}: taking {fitting[0]}; --weights_key takes another")
+    _, state, prefix = found[best]
+    outside = [str(key) for key in state if not str(key).startswith(prefix)]
+    if outside:
+        print(f"{path}: taking what is under '{prefix}', without {', '.join(outside)[:100]}")
+    inside = OrderedDict(
+        (rename(str(key).removeprefix(prefix)), value)
+        for key, value in state.items()
+        if str(key).startswith(prefix)
+    )
+    for key in [key for key in inside if key.startswith(AUXILIARY_HEADS) and key not in wanted]:
+        del inside[key]
+    # modules read older files by the versions in the metadata, and MNASNet demands one
+    metadata = getattr(state, "_metadata", {})
+    inside._metadata = {"": {"version": 2}}
+    inside._metadata |= {module.removeprefix(prefix): v for module, v in metadata.items()}
+    return inside
+
+
+def count_keys(state, required):
+    """{prefix: how many of the required keys a dictionary has under it}; {} for anything else."""
+    counts = Counter()
+    for key in map(str, state if isinstance(state, dict) else {}):
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
+            counts[key[:start]] += rename(key[start:]) in required
+    return +counts  # without those of none
+
+
+def rename(key):
+    """denselayer1.norm.1.weight -> denselayer1.norm1.weight, as torchvision does it, too.
+
+    Its DenseNet files still have the names of before PyTorch 0.4.
+    """
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)

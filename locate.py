@@ -1,0 +1,126 @@
+"""Find the first node of an ONNX file that OpenCV computes wrongly.
+
+A conversion that fails calls it; you can, too, with any file:
+
+    python locate.py model.onnx
+    python locate.py model.onnx --engine classic
+
+onnx's ReferenceEvaluator computes each node. The graph is cut after a node and run by OpenCV; the
+first cut that is wrong ends with the node. OpenCV fuses nodes, so the fault may lie in how this one
+is fused with those before it.
+"""
+
+import multiprocessing
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from classification import ENGINES, OneLineParser, available, check_model, one_line, run
+from common import SEED, NetworksDisagree
+from verify import MAX_RELATIVE_ERROR, get_relative_error, run_engine_apart
+
+# onnx's evaluator keeps all nodes' outputs: a ViT's for 768x768 pictures don't fit into 24 GB.
+MAX_BYTES = 2**29  # of the file
+MAX_PIXELS = 512 * 512  # of a picture
+MAX_SECONDS = 60
+
+
+def locate(onnx_path, engine, references=()):
+    """One line: the first node that an engine gets wrong, for pictures of `references` or noise."""
+    job = str(onnx_path), engine, references, time.monotonic() + MAX_SECONDS
+    # apart, because nothing else ends onnx's DeformConv, which takes minutes; a cut ends by itself
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        try:
+            return pool.apply_async(find_first_wrong, job).get(MAX_SECONDS + 5)
+        except multiprocessing.TimeoutError:
+            return f"unknown: the search was stopped after {MAX_SECONDS} s, in onnx"
+
+
+def find_first_wrong(onnx_path, engine, references, deadline):
+    """What `locate` returns; deadline: of time.monotonic, for the cuts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    try:
+        proto, tensors = evaluate(onnx_path, references)
+    except Exception as error:  # onnx lacks operators, and raises whatever NumPy raises
+        return f"unknown: onnx can't run the file: {one_line(error)[:100]}"
+    # float32 tensors: no shapes, no sequences
+    names = [n for n, v in tensors.items() if getattr(v, "ndim", 0) > 1 and v.dtype == np.float32]
+    right, wrong, fault = 0, len(names), None
+    middle = len(names) - 1  # the whole graph first
+    while wrong - right > 1:
+        try:
+            check_cut(proto, tensors, names[middle], engine, deadline - time.monotonic())
+            right = middle
+        except NetworksDisagree as failure:
+            wrong, fault = middle, failure
+        if time.monotonic() > deadline:
+            return f"unknown: the search was stopped after {MAX_SECONDS} s, behind {names[right]}"
+        # a quarter, not half: most faults are near the input, and shorter graphs run faster
+        middle = right + max(1, (wrong - right) // 4)
+    if fault is None:
+        return "none: for these pictures OpenCV computes what the file says"
+    (node,) = (node for node in proto.graph.node if names[wrong] in node.output)
+    before = [n.op_type for n in proto.graph.node if {*n.output} & {*node.input}]
+    after = f", after {' and '.join(before)}" if before else ""
+    return f"{node.op_type} {node.name or names[wrong]}{after}: {fault}"
+
+
+def evaluate(onnx_path, references):
+    """(the file's ModelProto, {name: value} of its input and of all that depends on it)."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    onnx.checker.check_model(onnx_path)
+    proto = onnx.load(onnx_path)
+    source = proto.graph.input[0]
+    if references:  # the first picture of each: a batch, because a single one shows fewer faults
+        blob = np.concatenate([reference.blob[:1] for reference in references])
+    else:
+        shape = zip(source.type.tensor_type.shape.dim, (2, 3, 224, 224), strict=False)
+        blob = np.random.default_rng(SEED).standard_normal([d.dim_value or n for d, n in shape])
+    if Path(onnx_path).stat().st_size > MAX_BYTES or blob[0, 0].size > MAX_PIXELS:
+        raise MemoryError("it is too large")
+    tensors = {source.name: blob.astype(np.float32)}
+    values = ReferenceEvaluator(proto).run(None, tensors, intermediate=True)
+    for node in proto.graph.node:
+        if tensors.keys() & {*node.input}:
+            tensors |= {name: values[name] for name in node.output if name}
+    return proto, tensors
+
+
+def check_cut(proto, tensors, name, engine, seconds):
+    """Raise NetworksDisagree if the graph that ends with a tensor gives it wrongly."""
+    import onnx
+
+    (source, blob), *_ = tensors.items()
+    info = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, tensors[name].shape)
+    extractor = onnx.utils.Extractor(proto)
+    extractor.value_infos[name] = info
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "cut.onnx")
+        onnx.save(extractor.extract_model([source], [name]), path)
+        # first one picture: some layers keep the batch size of their first pass
+        (_, output), _ = run_engine_apart(path, engine, [blob[:1], blob], seconds)
+    error = get_relative_error(tensors[name], output)
+    if not error <= MAX_RELATIVE_ERROR:
+        raise NetworksDisagree(f"relative error {error:.1e}")
+
+
+def main():
+    parser = OneLineParser(__doc__, "MODEL.onnx [--engine ENGINE]")
+    parser.add_argument("model", metavar="MODEL.onnx")
+    engines = [name for name in available(ENGINES) if name != "auto"]
+    parser.add_argument("--engine", choices=engines, help="OpenCV's engine (default: all)")
+    args = parser.parse_args()
+    check_model(args.model)
+    for engine in [args.engine] if args.engine else engines:
+        print(f"{engine} engine: first wrong node: ", end="", flush=True)
+        print(locate(args.model, engine))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
