@@ -8,6 +8,8 @@ import re
 
 import numpy as np
 import onnx
+from onnx.helper import make_node
+from onnx.numpy_helper import from_array, to_array
 
 
 def make_readable(proto):
@@ -28,11 +30,9 @@ def rewrite_einsum(graph):
     OpenCV 5.0.0's Einsum keeps the batch size of the first forward pass. With capitals, which
     ONNX allows and torchvision's maxvit_t has, it writes past its tables.
     """
-    for index, node in reversed(list(enumerate(graph.node))):
-        if node.op_type != "Einsum" or len(node.input) != 2:
-            continue
+    for index, node in find_nodes(graph, "Einsum"):
         equation = get_attribute(node, "equation").s.decode().replace(" ", "")
-        match = re.fullmatch("([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)", equation)
+        match = re.fullmatch("([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)", equation)  # two factors
         if not match or any(len({*letters}) < len(letters) for letters in match.groups()):
             continue
         first, second, result = match.groups()
@@ -53,16 +53,14 @@ def rewrite_einsum(graph):
             if list(letters) != orders[i]:
                 factors[i] = get_new_name(graph, f"{node.output[0]}_transposed_{i}")
                 axes = [letters.index(c) for c in orders[i]]
-                nodes.append(
-                    onnx.helper.make_node("Transpose", [node.input[i]], [factors[i]], perm=axes)
-                )
+                nodes.append(make_node("Transpose", [node.input[i]], [factors[i]], perm=axes))
         if orders[2] == list(result):
-            nodes.append(onnx.helper.make_node("MatMul", factors, node.output))
+            nodes.append(make_node("MatMul", factors, node.output))
         else:
             product = get_new_name(graph, f"{node.output[0]}_product")
             axes = [orders[2].index(c) for c in result]
-            nodes.append(onnx.helper.make_node("MatMul", factors, [product]))
-            nodes.append(onnx.helper.make_node("Transpose", [product], node.output, perm=axes))
+            nodes.append(make_node("MatMul", factors, [product]))
+            nodes.append(make_node("Transpose", [product], node.output, perm=axes))
         replace_node(graph, index, *nodes)
 
 
@@ -72,8 +70,8 @@ def rewrite_matmul(graph):
     OpenCV 5.0.0 doesn't repeat a constant for each picture: wrong values, or signal 11.
     """
     several = {tensor.name for tensor in graph.initializer if np.prod(tensor.dims[:-2]) > 1}
-    for index, node in reversed(list(enumerate(graph.node))):
-        if node.op_type == "MatMul" and node.input[1] in several:
+    for index, node in find_nodes(graph, "MatMul"):
+        if node.input[1] in several:
             insert_before(graph, index, 1, "Identity")
 
 
@@ -88,31 +86,21 @@ def rewrite_gelu(graph):
     constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
     used = [name for node in graph.node for name in node.input]
     used += [output.name for output in graph.output]
-    if any(a.type in (a.GRAPH, a.GRAPHS) for node in graph.node for a in node.attribute):
-        return  # a branch may use what would be changed
 
-    def is_made_by(name, *op_types):
-        return name in producer and producer[name].op_type in op_types
+    def get_inputs(name, *op_types):
+        """The inputs of the node that makes a tensor, if it is of these kinds."""
+        node = producer.get(name)
+        return node.input if node is not None and node.op_type in op_types else (None, None)
 
-    def is_erf_of(name, x):
-        """Whether it is erf(x / constant), or times a constant."""
-        if not is_made_by(name, "Erf") or not is_made_by(producer[name].input[0], "Div", "Mul"):
-            return False
-        return x in producer[producer[name].input[0]].input
-
-    for node in graph.node:
-        if node.op_type != "Mul" or not is_made_by(node.input[1], "Mul"):
-            continue
-        x, half = node.input[0], producer[node.input[1]]
-        factor, term = half.input
-        if (
-            factor in constants
-            and is_made_by(term, "Add")
-            and is_erf_of(producer[term].input[0], x)
-            and used.count(half.output[0]) == 1
-        ):
-            half.input[:] = [x, term]
-            node.input[:] = [half.output[0], factor]
+    for _, node in find_nodes(graph, "Mul"):
+        x, product = node.input
+        factor, term = get_inputs(product, "Mul")
+        erf, _ = get_inputs(term, "Add")
+        quotient, *_ = get_inputs(erf, "Erf")
+        is_gelu = factor in constants and x in get_inputs(quotient, "Div", "Mul")
+        if is_gelu and used.count(product) == 1:
+            producer[product].input[:] = [x, term]
+            node.input[:] = [product, factor]
 
 
 def rewrite_hard_sigmoid(graph):
@@ -122,9 +110,9 @@ def rewrite_hard_sigmoid(graph):
     only if alpha and beta are both given: MobileNetV3's squeeze-and-excitation from PyTorch's new
     exporter is then silently wrong. TorchScript's leaves beta out.
     """
-    for node in graph.node:
+    for _, node in find_nodes(graph, "HardSigmoid"):
         beta = get_attribute(node, "beta")
-        if node.op_type == "HardSigmoid" and beta is not None and beta.f == 0.5:
+        if beta is not None and beta.f == 0.5:
             node.attribute.remove(beta)
 
 
@@ -133,9 +121,9 @@ def rewrite_constant_of_shape(graph):
 
     OpenCV 5.0.0 requires the attribute: "blobs.size() == 1" (Swin from PyTorch's new exporter).
     """
-    zero = onnx.numpy_helper.from_array(np.zeros(1, np.float32))
-    for node in graph.node:
-        if node.op_type == "ConstantOfShape" and get_attribute(node, "value") is None:
+    zero = from_array(np.zeros(1, np.float32))
+    for _, node in find_nodes(graph, "ConstantOfShape"):
+        if get_attribute(node, "value") is None:
             node.attribute.append(onnx.helper.make_attribute("value", zero))
 
 
@@ -144,11 +132,10 @@ def rewrite_tanh(graph):
 
     OpenCV 5.0.0 returns nan for x of 50 and more.
     """
-    for index, node in reversed(list(enumerate(graph.node))):
-        if node.op_type == "Tanh":
-            name = node.output[0]
-            limits = [add_constant(graph, f"{name}_{v}", np.float32(v)) for v in (-20, 20)]
-            insert_before(graph, index, 0, "Clip", *limits)
+    for index, node in find_nodes(graph, "Tanh"):
+        name = node.output[0]
+        limits = [add_constant(graph, f"{name}_{v}", np.float32(v)) for v in (-20, 20)]
+        insert_before(graph, index, 0, "Clip", *limits)
 
 
 def rewrite_batch_norm(graph):
@@ -161,8 +148,8 @@ def rewrite_batch_norm(graph):
     producer = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     activations = {"Mul", "Sigmoid", "HardSigmoid", "HardSwish", "Elu", "Gelu"}
-    for index, node in reversed(list(enumerate(graph.node))):
-        if node.op_type != "BatchNormalization" or not constants.keys() >= set(node.input[1:]):
+    for index, node in find_nodes(graph, "BatchNormalization"):
+        if not constants.keys() >= {*node.input[1:]}:
             continue
         source = first = producer.get(node.input[0])
         while source is not None and source.op_type in activations:
@@ -171,10 +158,8 @@ def rewrite_batch_norm(graph):
             continue
         if source.input[1] not in constants:
             continue
-        gamma, beta, mean, variance = (
-            onnx.numpy_helper.to_array(constants[name]).astype(np.float64)
-            for name in node.input[1:]
-        )
+        values = (to_array(constants[name]).astype(np.float64) for name in node.input[1:])
+        gamma, beta, mean, variance = values
         epsilon = get_attribute(node, "epsilon")
         factor = gamma / np.sqrt(variance + (1e-5 if epsilon is None else epsilon.f))
         shape = [-1] + [1] * (len(constants[source.input[1]].dims) - 2)
@@ -183,8 +168,8 @@ def rewrite_batch_norm(graph):
             for end, value in (("factor", factor), ("term", beta - mean * factor))
         ]
         scaled = get_new_name(graph, f"{node.output[0]}_scaled")
-        mul = onnx.helper.make_node("Mul", [node.input[0], names[0]], [scaled])
-        add = onnx.helper.make_node("Add", [scaled, names[1]], [node.output[0]])
+        mul = make_node("Mul", [node.input[0], names[0]], [scaled])
+        add = make_node("Add", [scaled, names[1]], [node.output[0]])
         replace_node(graph, index, mul, add)
 
 
@@ -193,11 +178,9 @@ def rewrite_col2im(graph):
 
     OpenCV 5.0.0 has no Col2Im: "!empty()" (timm's VOLO, by PyTorch's new exporter).
     """
-    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    constants = {t.name: to_array(t) for t in graph.initializer}
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.value_info}
-    for index, node in reversed(list(enumerate(graph.node))):
-        if node.op_type != "Col2Im":
-            continue
+    for index, node in find_nodes(graph, "Col2Im"):
         data, *sizes = node.input
         if data not in shapes or not {*sizes} <= constants.keys():
             continue
@@ -217,16 +200,15 @@ def rewrite_col2im(graph):
         shape = add_constant(graph, f"{name}_shape", np.int64([0, channels, *blocks]))
         weights = add_constant(graph, f"{name}_weights", np.tile(kernels, (groups, 1, 1, 1)))
         blocked = get_new_name(graph, f"{name}_blocks")
-        reshape = onnx.helper.make_node("Reshape", [data, shape], [blocked])
-        scatter = onnx.helper.make_node(
-            "ConvTranspose",
-            [blocked, weights],
-            node.output,
-            group=groups,
-            output_padding=rest,
-            **options,
-        )
+        reshape = make_node("Reshape", [data, shape], [blocked])
+        options |= {"group": groups, "output_padding": rest}
+        scatter = make_node("ConvTranspose", [blocked, weights], node.output, **options)
         replace_node(graph, index, reshape, scatter)
+
+
+def find_nodes(graph, op_type):
+    """[(index, node)] of a kind, the last first: you may insert nodes while you go through it."""
+    return [(i, node) for i, node in enumerate(graph.node) if node.op_type == op_type][::-1]
 
 
 def replace_node(graph, index, *nodes):
@@ -240,14 +222,14 @@ def insert_before(graph, index, position, op_type, *constants):
     """Put a node before one of a node's inputs."""
     source = graph.node[index].input[position]
     name = get_new_name(graph, f"{graph.node[index].output[0]}_{op_type.lower()}")
-    graph.node.insert(index, onnx.helper.make_node(op_type, [source, *constants], [name]))
+    graph.node.insert(index, make_node(op_type, [source, *constants], [name]))
     graph.node[index + 1].input[position] = name
 
 
 def add_constant(graph, name, value):
     """Add an array to the graph; return the name that it gets."""
     name = get_new_name(graph, name)
-    graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    graph.initializer.append(from_array(value, name))
     return name
 
 
