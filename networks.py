@@ -87,10 +87,11 @@ def load_network(request, or_random=True):
     network.preprocessing = scale_frame(own, request.width, request.height)
     if network.preprocessing == own:  # the same file as without the size
         network.request = replace(network.request, width=None, height=None)
-    if request.is_own:
-        adapt_own(network)
+    # before any forward pass: timm's LeViT, for one, keeps what it computes from its weights
     if network.request.is_random:
         calibrate(network.model, network.preprocessing.width, network.preprocessing.height)
+    if request.is_own:
+        adapt_own(network)
     return network
 
 
@@ -290,7 +291,7 @@ def adapt_own(network):
 
     model, preprocessing = network.model, network.preprocessing
     batch = torch.randn(1, 3, preprocessing.height, preprocessing.width)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = get_dtype(model)
     before = get_logits(run_forward(model, batch.to(dtype)))
     output = run_forward(model.float(), batch)
     if get_logits(output) is not output:
@@ -303,6 +304,13 @@ def adapt_own(network):
             f"{network.name}: converted as float32; the {str(dtype).removeprefix('torch.')} "
             f"network itself differs from it by {change:.0e}"
         )
+
+
+def get_dtype(model):
+    """What a network computes in: float32, or what a half-precision one has."""
+    import torch
+
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def get_logits(output):
@@ -418,7 +426,7 @@ def calibrate(model, width, height):
             if (parameter == parameter.flatten()[0]).all():
                 parameter += 0.02 * torch.randn_like(parameter)
     if hooks:
-        run_pytorch(model, batch.numpy())
+        run_forward(model, batch.to(get_dtype(model)))
     for hook in hooks:
         hook.remove()
 

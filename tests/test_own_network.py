@@ -271,6 +271,30 @@ def test_half_precision_is_said_with_the_figure(own, capsys, dtype, bits, figure
     assert "float32" not in capsys.readouterr().out
 
 
+KEEPING = """
+class Keeping(Net):
+    def __init__(self):
+        super().__init__()
+        self.extra, self.kept = nn.Parameter(torch.zeros(10)), None
+
+    def forward(self, x):
+        if self.kept is None or torch.jit.is_tracing():
+            self.kept = 2 * self.extra
+        return super().forward(x) + self.kept
+
+build = Keeping
+"""
+
+
+def test_random_weights_of_a_network_that_keeps_what_it_computes(own):
+    """As timm's LeViT does: weights that change after its first pass would give another file."""
+    model = own(more=KEEPING, weights="random").model
+    assert model.extra.abs().min() > 0
+    answer = run_pytorch(model, BLOB)
+    model.kept = None
+    assert np.array_equal(run_pytorch(model, BLOB), answer)
+
+
 # --- preprocessing --------------------------------------------------------------------------------
 
 
