@@ -76,16 +76,15 @@ def find_state_dict(checkpoint, wanted, path, weights_key=""):
         names = " and ".join(fitting)
         print(f"{path}: weights in {names}: taking {fitting[0]}; --weights_key takes another")
     _, state, prefix = found[best]
-    outside = [str(key) for key in state if not str(key).startswith(prefix)]
+    inside, outside = OrderedDict(), []
+    for key, value in state.items():
+        name = rename(str(key).removeprefix(prefix))
+        if not str(key).startswith(prefix):
+            outside.append(str(key))
+        elif name in wanted or not name.startswith(AUXILIARY_HEADS):
+            inside[name] = value
     if outside:
         print(f"{path}: taking what is under '{prefix}', without {', '.join(outside)[:100]}")
-    inside = OrderedDict(
-        (rename(str(key).removeprefix(prefix)), value)
-        for key, value in state.items()
-        if str(key).startswith(prefix)
-    )
-    for key in [key for key in inside if key.startswith(AUXILIARY_HEADS) and key not in wanted]:
-        del inside[key]
     # modules read older files by the versions in the metadata, and MNASNet demands one
     metadata = getattr(state, "_metadata", {})
     inside._metadata = {"": {"version": 2}}

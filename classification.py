@@ -13,7 +13,6 @@ defaults of OpenCV's samples for everything you leave out.
 """
 
 import argparse
-import difflib
 import hashlib
 import os
 import re
@@ -27,13 +26,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-# Beside this file in the project it comes from. Elsewhere they are missing, and not needed.
+# In the project that this file comes from.
 BUNDLED_PICTURE = Path(__file__).resolve().parent / "test_data" / "cls" / "red_panda.jpg"
-BUNDLED_LABELS = BUNDLED_PICTURE.with_name("imagenet_classes.txt")
 
-# The converted networks, relative to the current folder or to the folder of this file.
 ZOO_NAME = "models.yml"
-ZOO_PATHS = (os.path.join("models", ZOO_NAME), ZOO_NAME)
+ZOO_PATHS = (os.path.join("models", ZOO_NAME), ZOO_NAME)  # in this folder, or beside this file
 ZOO_SAMPLE = "classification"  # what OpenCV's samples call the entries that are for this one
 
 # What torchvision's ImageNet networks expect, with pixel values from 0 to 255:
@@ -50,12 +47,9 @@ RANDOM = "random"
 RANDOM_SUFFIX = f"-{RANDOM}"
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
-PICTURE_SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif",
-)  # fmt: skip
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".webm")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".webm")
 SAVED_PICTURES, SAVED_VIDEOS = (".png", ".jpg", ".jpeg"), (".mp4", ".avi")  # of results
-RESULTS_DIR = "results"
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 LEAST_ZOOM = 0.45  # the font scale at which capitals are 9 px high: nobody can read smaller ones
@@ -66,15 +60,9 @@ QUIT, SPACE = (ord("q"), ord("Q"), 27), ord(" ")
 # Shift, Control, Caps Lock, Alt and the like; AltGr; Num Lock.
 MODIFIERS = (*range(0xFFE1, 0xFFEF), 0xFE03, 0xFF7F)
 
-# What OpenCV's samples call the constants of cv2.dnn.
-ENGINES = {name: f"ENGINE_{name.upper()}" for name in ("auto", "new", "classic", "ort")}
-BACKENDS = {name: f"DNN_BACKEND_{name.upper()}" for name in ("default", "opencv", "vkcom", "cuda")}
-BACKENDS["openvino"] = "DNN_BACKEND_INFERENCE_ENGINE"
-TARGETS = {
-    name: f"DNN_TARGET_{name.upper()}"
-    for name in ("cpu", "opencl", "opencl_fp16", "vulkan", "cuda", "cuda_fp16")
-}
-TARGETS |= {"ncs2_vpu": "DNN_TARGET_MYRIAD", "hddl_vpu": "DNN_TARGET_HDDL"}
+# Prefixes of constants in cv2.dnn, and how OpenCV's samples call some of them.
+ENGINES, BACKENDS, TARGETS = "ENGINE_", "DNN_BACKEND_", "DNN_TARGET_"
+NAMES = {"inference_engine": "openvino", "myriad": "ncs2_vpu", "hddl": "hddl_vpu"}
 
 
 class RequestError(Exception):
@@ -97,7 +85,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def run(main):
     """Call `main` and exit with its code. An error is one line on stderr."""
-    if "OPENCV_LOG_LEVEL" not in os.environ:  # errors are reported below, in one line
+    if "OPENCV_LOG_LEVEL" not in os.environ:  # OpenCV's own reports of what is reported below
         set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4, 5
         set_log_level(0)  # silent
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the same
@@ -109,34 +97,27 @@ def run(main):
     except BrokenPipeError:  # the reader, head for instance, has seen enough: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141  # 128 + SIGPIPE, what a shell reports for cat
-    except (RequestError, OSError, cv2.error) as error:
-        report(error)
-        code = getattr(error, "exit_code", RequestError.exit_code)
-    except Exception:  # of your own code, or a fault of ours; 1 would say that networks disagree
-        traceback.print_exc()
-        code = RequestError.exit_code
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr)
         code = 130  # 128 + SIGINT, what a shell reports
+    except Exception as error:
+        code = report(error)
     sys.exit(code)
 
 
 def report(error):
-    """Print an error as one line on stderr, below the traceback of your own code if that raised."""
-    if error.__cause__ is not None:
-        traceback.print_exception(error.__cause__)
-    source = f"OpenCV {cv2.__version__}: " if isinstance(error, cv2.error) else ""
-    print(f"{Path(sys.argv[0]).name}: error: {source}{one_line(error)}", file=sys.stderr)
+    """Print an error as one line on stderr, or its traceback; return the exit code."""
+    if isinstance(error, (RequestError, OSError, cv2.error)):
+        source = f"OpenCV {cv2.__version__}: " if isinstance(error, cv2.error) else ""
+        print(f"{Path(sys.argv[0]).name}: error: {source}{one_line(error)}", file=sys.stderr)
+    else:  # of your own code, or a fault of ours
+        traceback.print_exception(error)
+    return getattr(error, "exit_code", RequestError.exit_code)
 
 
 def one_line(error):
-    """The text of an error: OSError's with the file, OpenCV's without its source file."""
-    text = str(error)
-    if isinstance(error, OSError) and error.filename:
-        text = f"{error.filename}: {error.strerror}"
-    elif isinstance(error, cv2.error):
-        text = error.err or text
-    return " ".join(text.split())
+    """The text of an error in one line; OpenCV's without its source file."""
+    return " ".join((getattr(error, "err", None) or str(error)).split())
 
 
 def parse_bool(text):
@@ -167,13 +148,14 @@ def positive_int(text):
     return int(text)
 
 
-def available(names):
-    """{name: constant} of those that this build of OpenCV has."""
-    found = {name: getattr(cv2.dnn, c) for name, c in names.items() if hasattr(cv2.dnn, c)}
+def available(prefix):
+    """{name: constant} of the engines, backends or targets that this build of OpenCV has."""
+    ends = [name.removeprefix(prefix) for name in dir(cv2.dnn) if name.startswith(prefix)]
+    found = {end.lower(): getattr(cv2.dnn, prefix + end) for end in sorted(ends, reverse=True)}
     # OpenCV 5.0.0 names ENGINE_ORT in every build; without ONNX Runtime it warns and takes auto
     if not re.search("ONNX Runtime: +YES", cv2.getBuildInformation()):
         found.pop("ort", None)
-    return found
+    return {NAMES.get(name, name): constant for name, constant in found.items()}
 
 
 # fmt: off
@@ -181,21 +163,17 @@ def get_parser():
     parser = OneLineParser(__doc__, "[NAME] [--input FILE ...] [options]")
     add = parser.add_argument
     add("alias", nargs="?", metavar="NAME", help="entry of models.yml; options win over it")
-    add("--zoo", metavar="FILE",
-        help=f"the file with the entries [{' or '.join(ZOO_PATHS)}, here or beside this script]")
+    add("--zoo", metavar="FILE", help="the file with the entries [models/models.yml or models.yml]")
     add("--input", nargs="+", default=[], metavar="FILE",
-        help="the model (.onnx) and, in any order, pictures, folders of pictures, videos, or the "
-        "number of a camera [the bundled picture]")
+        help="the model (.onnx), pictures, folders, videos, a camera's number [a bundled picture]")
     add("--model", metavar="FILE", help="the model, if it isn't among --input")
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
     add("--top_k", type=positive_int, default=1, metavar="K", help="answers per picture [1]")
     add("--output", metavar="PATH",
-        help="annotated picture or video: a file, or a folder if it has no suffix "
-        f"[{RESULTS_DIR}; a camera, or a video that is shown, isn't saved]")
+        help="file or folder of the results [results, if it isn't a video that is shown]")
     add = parser.add_argument_group("preprocessing, of blobFromImage").add_argument
     add("--scale", type=non_zero, metavar="V", help="multiply by this, after the mean [1.0]")
-    add("--mean", type=finite, nargs=3, metavar="V",
-        help="subtract these; in the order R G B with --rgb, else B G R [0 0 0]")
+    add("--mean", type=finite, nargs=3, metavar="V", help="subtract; R G B if --rgb [0 0 0]")
     add("--std", type=non_zero, nargs=3, metavar="V", help="divide the blob by these [none]")
     switch = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
     add("--rgb", **switch, help="swapRB: the network takes RGB, OpenCV reads BGR [False]")
@@ -207,9 +185,8 @@ def get_parser():
     add("--initial_height", **size, help="resize the picture to this height first [no resize]")
     add = parser.add_argument_group("inference").add_argument
     if available(ENGINES):  # OpenCV 4 has one, and no name for it
-        add("--engine", choices=list(available(ENGINES)),
-            help="new is OpenCV 5's own, classic OpenCV 4's, ort ONNX Runtime, auto new or classic "
-            "[what the entry says, else auto]")
+        add("--engine", choices=list(available(ENGINES)), default="auto",
+            help="new is OpenCV 5's own, classic OpenCV 4's, ort ONNX Runtime [auto]")
     add("--backend", choices=list(available(BACKENDS)), default="default",
         help="another one than the default runs on the classic engine")
     add("--target", choices=list(available(TARGETS)), default="cpu", help="the same [cpu]")
@@ -220,95 +197,84 @@ def get_parser():
 def get_args():
     """(the options, the entry of models.yml or {}).
 
-    An entry changes the defaults of the options, as in OpenCV's samples: the command line is
-    parsed once to find the entry, and again with its values. Then args.model is the model's file,
-    and args.input what to classify.
+    The command line is parsed once to find the entry, and again behind the entry's options, over
+    which it wins. Then args.model is the model's file, and args.input what to classify.
     """
     parser = get_parser()
-    args = parse(parser)
+    args = parser.parse_args()
     models = [item for item in args.input if item.lower().endswith(".onnx")]
     sources = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
     models += [args.model] if args.model else []
-    if len(models) > 1:
-        raise RequestError(f"more than one model: {' '.join(models)}; name one .onnx file")
-    if not models and args.alias is None:
-        raise RequestError("no model: name one .onnx file, --input MODEL.onnx PICTURE")
-    zoo, name, entry = find_entry(args, *models)
-    defaults = {} if entry or args.scale or args.mean or args.std else TORCHVISION
+    if len(models) > 1 or not (models or args.alias):
+        problem = "more than one" if models else "no"
+        raise RequestError(f"{problem} model: name one .onnx file, --input MODEL.onnx PICTURE")
+    zoo, name, entry = find_entry(args.alias, args.zoo, *models)
+    for given in (vars(args), entry):
+        if (given.get("initial_width") is None) != (given.get("initial_height") is None):
+            raise RequestError("initial_width and initial_height go together")
+    if not (entry or args.scale or args.mean or args.std):
+        parser.set_defaults(**TORCHVISION)
+    options = get_options(entry, zoo.parent)
     try:
-        defaults = defaults | parse_entry(parser, entry, args)
+        parser.parse_args(options)
     except RequestError as error:
         raise RequestError(f"{zoo}: {name}: {error}") from None
-    if classes := entry.get("labels", entry.get("classes")):
-        defaults["classes"] = find_file(classes, entry, zoo.parent)
-    parser.set_defaults(**{"scale": 1.0, "mean": [0.0, 0.0, 0.0]} | defaults)
-    args = parser.parse_args()
-    args.input, args.classes = sources, args.classes and find_file(args.classes, entry, Path())
+    args = parser.parse_args(options + sys.argv[1:])
+    args.scale, args.mean, args.input = args.scale or 1.0, args.mean or [0.0] * 3, sources
     args.model = models[0] if models else find_file(entry.get("model", ""), entry, zoo.parent)
+    args.classes = args.classes and find_file(args.classes, entry)
     return args, entry
 
 
-def parse(parser, texts=None):
-    """The options in `texts`, or of the command line."""
-    args = parser.parse_args(texts)
-    if (args.initial_width is None) != (args.initial_height is None):
-        parser.error("--initial_width and --initial_height go together")
-    return args
+def find_entry(alias, zoo, model=None):
+    """(path of the models.yml, name, entry) of the alias, else of the model file.
 
-
-def parse_entry(parser, entry, args):
-    """{option: value} of an entry's preprocessing and engine, checked as if they were typed."""
-    found, texts = [], ["NAME"]
-    for key in (*TORCHVISION, "engine"):
-        values = entry.get(key, [])
-        values = values if isinstance(values, list) else [values]
-        if values not in ([], [""]) and hasattr(args, key):  # OpenCV 4 has no --engine
-            found.append(key)
-            # argparse would take -1e-05 for an option, but nothing that begins with a space
-            texts += [f"--{key}", *(f" {v}" if str(v)[:1] == "-" else str(v) for v in values)]
-    parsed = vars(parse(parser, texts))
-    return {key: parsed[key] for key in found}
-
-
-def find_entry(args, model=None):
-    """(path of the models.yml, name, entry) of args.alias, else of the model file.
-
-    (None, None, {}) if a model file has no entry. Raises RequestError if a name has none.
+    (Path(), "", {}) if a model file has no entry. Raises RequestError if an alias has none.
     """
-    name = args.alias or Path(model).stem
     folders = (Path(), Path(__file__).resolve().parent)
     paths = [folder / path for folder in folders for path in ZOO_PATHS]
-    if args.zoo or args.alias is None:
-        paths = [Path(args.zoo or Path(model).with_name(ZOO_NAME))]
+    if zoo or not alias:
+        paths = [Path(zoo or Path(model).with_name(ZOO_NAME))]
     names = []
     for path in filter(Path.is_file, paths):
-        entries = [(key, entry) for key, entry in read_zoo(path).items() if isinstance(entry, dict)]
-        entries = {key: entry for key, entry in entries if entry.get("sample") == ZOO_SAMPLE}
-        if name in entries and (args.alias or entries[name].get("model") == Path(model).name):
-            return path, name, entries[name]
-        names += entries
-    if args.alias is None:
-        return None, None, {}
-    near = " or ".join(difflib.get_close_matches(name, names, cutoff=0.5))
-    hint = f"did you mean {near}?" if near else "convert the network, or set --zoo"
+        for name, entry in read_zoo(path).items():
+            if isinstance(entry, dict) and entry.get("sample") == ZOO_SAMPLE:
+                names.append(name)
+                if name == alias or (not alias and entry.get("model") == Path(model).name):
+                    return path, name, entry
+    if not alias:
+        return Path(), "", {}
+    known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
     searched = ", ".join(dict.fromkeys(os.path.normpath(path) for path in paths))
-    raise RequestError(f"no entry '{name}' in {searched}: {hint} (pictures go after --input)")
+    raise RequestError(f"no entry '{alias}' in {searched}: {known} (pictures go after --input)")
 
 
-def find_file(name, entry, folder):
+def get_options(entry, folder):
+    """What an entry says, as if it were typed: ["--width=224", ...]. folder: the entry's."""
+    options = []
+    for key in [*TORCHVISION, "engine"] if available(ENGINES) else TORCHVISION:
+        value = entry.get(key, "")
+        if key in ("mean", "std") and isinstance(value, list):
+            # argparse would take -1e-05 for an option, but nothing that begins with a space
+            options += [f"--{key}", *(f" {v}" for v in value)] if value else []
+        elif value != "":
+            options.append(f"--{key}={value}")
+    if labels := entry.get("labels", entry.get("classes")):
+        options.append(f"--classes={find_file(labels, entry, folder)}")
+    return options
+
+
+def find_file(name, entry, folder=""):
     """The path of a file in `folder`, in the current one, or where OpenCV's samples look for it.
 
     https://github.com/opencv/opencv/blob/5.x/samples/dnn/common.py
     """
-    folders = [folder, Path()]
-    if cache := os.environ.get("OPENCV_DOWNLOAD_CACHE_DIR"):
-        info = entry.get("load_info")
-        sha1 = info.get("sha1", "") if isinstance(info, dict) else ""
-        folders += [Path(cache, str(sha1)), Path(cache)]
-    for variable in ("SAMPLES_DATA_PATH", "DNN_TEST_DATA_PATH", "TEST_DATA_PATH"):
-        if data := os.environ.get(f"OPENCV_{variable}"):
-            folders += [Path(data), Path(data, "dnn")]
-    paths = [os.path.normpath(folder / str(name)) for folder in folders]
+    info = entry.get("load_info")
+    sha1 = info.get("sha1", "") if isinstance(info, dict) else ""
+    variables = ("DOWNLOAD_CACHE_DIR", "SAMPLES_DATA_PATH", "DNN_TEST_DATA_PATH", "TEST_DATA_PATH")
+    found = [os.environ[f"OPENCV_{v}"] for v in variables if os.environ.get(f"OPENCV_{v}")]
+    folders = [folder, "", *(Path(f, end) for f in found for end in (str(sha1), "", "dnn"))]
+    paths = (os.path.normpath(Path(folder, str(name))) for folder in folders)
     return next(filter(os.path.exists, paths), str(name))
 
 
@@ -316,7 +282,7 @@ def read_zoo(path):
     """{name: entry} of a models.yml; an entry is a dictionary as well."""
     try:
         storage = cv2.FileStorage(check_name(str(path)), cv2.FILE_STORAGE_READ)
-        entries = read_node(storage.root())
+        entries = read_node(storage.root())  # which is empty if nothing holds the storage
     # SystemError: from the constructor, in OpenCV 4.10 to 5.0; ValueError: texts that aren't UTF-8
     except (cv2.error, SystemError, ValueError):
         entries = None
@@ -336,21 +302,23 @@ def read_node(node):
     return {name: read_node(node.getNode(name)) for name in node.keys()}  # noqa: SIM118
 
 
-def expand_sources(sources):
-    """The pictures, videos and numbers of cameras; a folder stands for its pictures, by name."""
+def expand_sources(names):
+    """[(name, "picture", "video" or "camera")]; a folder stands for its pictures, by name."""
     found = []
-    for source in sources:
-        if os.path.isdir(source):
-            files = [str(path) for path in sorted(Path(source).iterdir())]
-            pictures = [file for file in files if Path(file).suffix.lower() in PICTURE_SUFFIXES]
+    for name in names:
+        if os.path.isdir(name):
+            files = sorted(os.path.join(name, file) for file in os.listdir(name))
+            pictures = [(file, "picture") for file in files if file.lower().endswith(PICTURES)]
             if not pictures:
-                raise RequestError(f"{source}: no picture in this folder")
+                raise RequestError(f"{name}: no picture in this folder")
             found += pictures
-        elif os.path.isfile(source) or (source.isdecimal() and not os.path.exists(source)):
-            found.append(source)
+        elif os.path.isfile(name):
+            found.append((name, "video" if name.lower().endswith(VIDEOS) else "picture"))
+        elif name.isdecimal() and not os.path.exists(name):
+            found.append((name, "camera"))
         else:
-            problem = "a pipe: save it as a file" if os.path.exists(source) else "no such file"
-            raise RequestError(f"{source}: {problem}; give a picture, a video or a folder")
+            problem = "a pipe: save it as a file" if os.path.exists(name) else "no such file"
+            raise RequestError(f"{name}: {problem}; give a picture, a video or a folder")
     return found
 
 
@@ -361,51 +329,45 @@ def check_name(name):
     return name
 
 
-def is_video(source):
-    """Whether it is the number of a camera, or a file whose suffix is a video's."""
-    return not os.path.exists(source) or Path(source).suffix.lower() in VIDEO_SUFFIXES
-
-
-def read_frames(source):
+def read_frames(name, kind):
     """Yield (title, picture, rate) of a picture, or of each frame of a video or camera.
 
     picture: uint8 BGR (height, width, 3); rate: frames per second, 0 for a picture.
     """
-    check_name(source)
-    if not is_video(source):
-        yield source, read_picture(source), 0
+    check_name(name)
+    if kind == "picture":
+        yield name, read_picture(name), 0
         return
-    capture = cv2.VideoCapture(source if os.path.exists(source) else int(source))
-    rate = capture.get(cv2.CAP_PROP_FPS)
-    rate = rate if 0 < rate <= 1000 else 25  # some cameras and files don't say
-    number = 0
+    capture = cv2.VideoCapture(int(name) if kind == "camera" else name)
+    rate, number = capture.get(cv2.CAP_PROP_FPS), 0
     while (got := capture.read())[0]:
         number += 1
-        yield f"{source}, frame {number}", got[1], rate
+        # some cameras and files don't say their rate
+        yield f"{name}, frame {number}", got[1], rate if 0 < rate <= 1000 else 25
     if not number:
-        name = source if os.path.exists(source) else f"camera {source}"
-        raise RequestError(f"{name}: no frame can be read; is it truncated, or not connected?")
+        raise RequestError(f"{kind} {name}: no frame can be read (truncated? not connected?)")
     promised = capture.get(cv2.CAP_PROP_FRAME_COUNT)  # of some files, an estimate
     if number < 0.99 * promised - 1:
-        error = RequestError(f"{source}: truncated: {number} of {promised:.0f} frames can be read")
+        error = RequestError(f"{name}: truncated: {number} of {promised:.0f} frames can be read")
         error.exit_code = 1
         raise error
 
 
 def read_picture(path):
     """The picture as uint8 BGR (height, width, 3), turned as its EXIF says; or RequestError."""
+    problem = "truncated, or not a picture that OpenCV can read"
     try:
         data = np.frombuffer(Path(path).read_bytes(), np.uint8)
         # imdecode, because imread fills the missing part of a truncated JPEG with grey
         picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
         if picture is None and cv2.imdecode(data, cv2.IMREAD_UNCHANGED) is not None:
-            raise RequestError(f"{path}: pixels of an unusual type, float32 for one; use 8 bits")
+            problem = "pixels of an unusual type, float32 for one; use 8 bits"
     except OSError as error:
         raise RequestError(one_line(error)) from None
     except cv2.error:  # an empty file, or more than 2**30 pixels
         picture = None
     if picture is None:
-        raise RequestError(f"{path}: truncated, or not a picture that OpenCV can read")
+        raise RequestError(f"{path}: {problem}")
     return picture
 
 
@@ -429,47 +391,30 @@ def read_net(args, entry):
     backend, target = available(BACKENDS)[args.backend], available(TARGETS)[args.target]
     if target not in cv2.dnn.getAvailableTargets(backend):  # OpenCV would silently use the CPU
         raise RequestError(f"this OpenCV has no --target {args.target} on --backend {args.backend}")
-    check_model(args.model)
+    if not os.path.isfile(check_name(args.model)):
+        raise RequestError(f"{args.model}: no such file; give a converted model (.onnx)")
     # only our own: OpenCV's entry of googlenet, for instance, has the hash of an empty file
     if "made_from" in entry and get_load_info(args.model) != entry.get("load_info"):
         raise RequestError(f"{args.model}: its SHA-1 isn't the one in {ZOO_NAME}; convert it again")
     on_cpu = (args.backend, args.target) == ("default", "cpu")
-    if config := entry.get("config"):  # of Caffe, in OpenCV 4.10's models.yml
-        net = cv2.dnn.readNet(args.model, find_file(config, entry, Path(args.model).parent))
-    else:
-        engine = getattr(args, "engine", None) or "auto"  # OpenCV 4 has no such option
-        net = read_onnx(args.model, engine if on_cpu else "classic")
+    engines = available(ENGINES)
+    engine = [engines[args.engine if on_cpu else "classic"]] if engines else []
+    config = entry.get("config", "")  # of Caffe, in OpenCV 4.10's models.yml
+    config = config and find_file(config, entry, Path(args.model).parent)
+    try:
+        net = cv2.dnn.readNet(args.model, config, "", *engine)
+    except cv2.error as error:
+        raise RequestError(f"{args.model}: truncated, or not ONNX: {one_line(error)}") from None
     if not on_cpu:
         net.setPreferableBackend(backend)
         net.setPreferableTarget(target)
     return net
 
 
-def get_digest(path, algorithm):
-    """The "sha1" or "sha256" of a file, in hexadecimal."""
-    return hashlib.new(algorithm, Path(path).read_bytes()).hexdigest()
-
-
 def get_load_info(model):
     """{"sha1": of a model file} as in OpenCV's models.yml, and of the .data beside a large one."""
     files = {"sha1": Path(model), "data_sha1": Path(f"{model}.data")}
-    return {key: get_digest(path, "sha1") for key, path in files.items() if path.exists()}
-
-
-def check_model(path):
-    """Raise RequestError if there is no such file."""
-    if not Path(check_name(str(path))).is_file():
-        raise RequestError(f"{path}: no such file; give a converted model (.onnx)")
-
-
-def read_onnx(path, engine):
-    """cv2.dnn.Net of an ONNX file on one of ENGINES; RequestError if OpenCV can't read it."""
-    engines = available(ENGINES)  # none in OpenCV 4
-    try:
-        return cv2.dnn.readNetFromONNX(str(path), *([engines[engine]] if engines else []))
-    except cv2.error as error:
-        problem = f"OpenCV {cv2.__version__} can't read this as ONNX, it may be truncated"
-        raise RequestError(f"{path}: {problem}: {one_line(error)}") from None
+    return {k: hashlib.sha1(f.read_bytes()).hexdigest() for k, f in files.items() if f.exists()}
 
 
 def get_blob(picture, p):
@@ -486,16 +431,6 @@ def get_blob(picture, p):
     # the mean is in RGB order if swapRB is set: OpenCV swaps it as well
     blob = cv2.dnn.blobFromImage(picture, p.scale, (p.width, p.height), p.mean, p.rgb, p.crop)
     return blob / np.float32(p.std).reshape(1, 3, 1, 1) if p.std else blob
-
-
-def describe(p):
-    """The preprocessing in one line, always printed: a wrong one gives wrong answers, no error."""
-    mean, std = (" ".join(f"{v:g}" for v in values or []) or "none" for values in (p.mean, p.std))
-    resize = f"{p.initial_width}x{p.initial_height} -> " if p.initial_width else ""
-    return (
-        f"preprocessing: scale {p.scale:g}, mean {mean}, std {std}, rgb {p.rgb}, crop {p.crop}, "
-        f"size {resize}{p.width}x{p.height}"
-    )
 
 
 def forward(net, blob):
@@ -536,33 +471,30 @@ def get_answers(logits, names, top_k):
 
 
 def annotate(picture, lines):
-    """Write lines into the top left corner, as large as fits, but not too small to be read.
+    """Write lines into the top left corner, no smaller than one can read.
 
     If there are too many, the last, the inference time, goes first; the others are counted.
     """
     height, width = picture.shape[:2]
-    room = int(height / int(30 * LEAST_ZOOM) - 0.5)
+    zoom = max(min(width / 900, height / (30 * (len(lines) + 0.5))), LEAST_ZOOM)
+    step, thickness = int(30 * zoom), max(1, round(1.5 * zoom))
+    room = int(height / step - 0.5)
     if len(lines) > room:
         kept = max(1, room - 1)
         lines = [*lines[:kept], f"... and {len(lines) - 1 - kept} more"][:room]
-    if not lines:
-        return picture
-    zoom = min(width / 800 + 0.3, height / (30 * (len(lines) + 0.5)))
-    while True:
-        zoom = max(zoom, LEAST_ZOOM)
-        step, thickness = int(30 * zoom), max(1, round(1.5 * zoom))
-        # OpenCV 5.0's letters get wider with their thickness: measured as they are drawn
-        longest = max(cv2.getTextSize(line, FONT, zoom, thickness)[0][0] for line in lines)
-        if zoom == LEAST_ZOOM or longest + step <= width:
-            break
-        zoom *= 0.95
-    picture[: len(lines) * step + step // 2, : longest + step] //= 4  # dark behind the text
-    for row, line in enumerate(lines, 1):
-        while line and cv2.getTextSize(line, FONT, zoom, thickness)[0][0] + step > width:
+
+    def measure(line):  # as it is drawn: OpenCV 5.0's letters get wider with their thickness
+        return cv2.getTextSize(line, FONT, zoom, thickness)[0][0] + step
+
+    for row, line in enumerate(lines):
+        while line and measure(line) > width:
             line = f"{line[:-4]}..." if len(line) > 4 else ""
+        lines[row] = line
+    longest = max(map(measure, lines), default=0)
+    picture[: len(lines) * step + step // 2, :longest] //= 4  # dark behind the text
+    for row, line in enumerate(lines, 1):
         origin = (step // 2, row * step)
         cv2.putText(picture, line, origin, FONT, zoom, (0, 255, 0), thickness, cv2.LINE_AA)
-    return picture
 
 
 def fit(picture, size, limit):
@@ -574,45 +506,35 @@ def fit(picture, size, limit):
     return cv2.resize(picture, new_size, interpolation=cv2.INTER_AREA)
 
 
-def get_output_paths(sources, args):
-    """The path of each annotated source: --output, or a name of its own in that folder."""
-    output = check_name(args.output or RESULTS_DIR)
+def get_output_paths(sources, args, window):
+    """The path of each annotated source: --output, or a name of its own in that folder.
+
+    None: not saved; a camera, or a video that is shown, if --output isn't given.
+    """
+    output = check_name(args.output or "results")
     is_folder = output.endswith(("/", os.sep)) or os.path.isdir(output) or not Path(output).suffix
     if not is_folder and len(sources) > 1:
         raise RequestError(f"--output {output}: {len(sources)} inputs need a folder, not a file")
-    paths, taken = [], {os.path.realpath(source).lower() for source in sources}
-    for number, source in enumerate(sources, 1):
-        suffixes = SAVED_VIDEOS if is_video(source) else SAVED_PICTURES
-        suffix = Path(source).suffix if Path(source).suffix.lower() in suffixes else suffixes[0]
-        stem = f"{Path(source).stem}_{Path(args.model).stem}"
-        path = Path(output, f"{stem}{suffix}") if is_folder else Path(output)
-        if is_folder and os.path.realpath(path).lower() in taken:
-            path = Path(output, f"{stem}_{number}{suffix}")
+    paths, taken = [], {os.path.realpath(name).lower() for name, _ in sources}
+    for number, (name, kind) in enumerate(sources, 1):
+        path, suffixes = Path(output), SAVED_PICTURES if kind == "picture" else SAVED_VIDEOS
+        if is_folder:
+            suffix = Path(name).suffix if name.lower().endswith(suffixes) else suffixes[0]
+            path /= f"{Path(name).stem}_{Path(args.model).stem}{suffix}"
+            if os.path.realpath(path).lower() in taken:
+                path = path.with_stem(f"{path.stem}_{number}")
         if os.path.realpath(path).lower() in taken:
             raise RequestError(f"--output {path} is an input or a result already; name another")
-        if is_video(source) and path.suffix.lower() not in suffixes:
-            raise RequestError(f"--output {path}: a video needs {' or '.join(suffixes)}")
+        if path.suffix.lower() not in suffixes:
+            raise RequestError(f"--output {path}: a {kind} needs {' or '.join(suffixes)}")
         taken.add(os.path.realpath(path).lower())
-        paths.append(path)
+        is_saved = args.output or kind == "picture" or (kind == "video" and not window)
+        paths.append(path if is_saved else None)
     return paths
-
-
-def save_picture(path, picture):
-    """Write a picture in the format of the path's suffix; not imwrite, which hides what fails."""
-    try:
-        encoded, data = cv2.imencode(path.suffix, picture)
-    except cv2.error:
-        encoded = False
-    if not encoded:
-        raise RequestError(f"{path}: OpenCV can't write this picture in this format; try .png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    print(f"* saved: {path}", flush=True)
 
 
 def open_video(path, frame, rate):
     """cv2.VideoWriter for frames like `frame`, `rate` a second."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     fourcc = cv2.VideoWriter_fourcc(*("MJPG" if path.suffix.lower() == ".avi" else "mp4v"))
     writer = cv2.VideoWriter(str(path), fourcc, rate, frame.shape[1::-1])
     if not writer.isOpened():
@@ -652,41 +574,45 @@ def show(picture, seconds):
         if closed or code in QUIT:
             return True
         if code == SPACE and end < np.inf:
-            end, seconds = np.inf, np.inf
+            end = seconds = np.inf
         elif (key >= 0 and code not in MODIFIERS) or time.monotonic() >= end:
             return False
 
 
-def classify(source, output, net, args, window, seconds):
+def classify(source, output, net, args, seconds):
     """Classify a picture, or each frame of a video: print, annotate, save, show.
 
     Of a video, each change of the answer is printed. output: None, if nothing is to be saved;
-    seconds: how long to show a picture. Returns whether the user ends the program.
+    seconds: how long to show a picture, None without a window. Whether the user ends the program.
     """
     last, writer = None, None
+    warning = [RANDOM_WARNING] if args.random else []
     try:
-        for title, picture, rate in read_frames(source):
+        for title, picture, rate in read_frames(*source):
             logits, ms = forward(net, get_blob(picture, args))
             names = fit_labels(args.labels, args.classes, len(logits))
-            answers = get_answers(logits, names, args.top_k)
-            warning = [RANDOM_WARNING] if args.random else []
+            texts, lines = zip(*get_answers(logits, names, args.top_k), strict=True)
             if last != logits.argmax():
-                texts = [text for text, _ in answers] + [f"* {text}" for text in warning]
-                print(f"{title}:", *texts, f"* inference time: {ms:.1f} ms", sep="\n", flush=True)
+                texts = [f"{title}:", *texts, *(f"* {text}" for text in warning)]
+                print(*texts, f"* inference time: {ms:.1f} ms", sep="\n", flush=True)
             last = logits.argmax()
-            if not rate:  # room for the text
-                picture = fit(picture, (640, 480), max)
-            lines = [*warning, *(text for _, text in answers), f"Inference time: {ms:.1f} ms"]
-            annotate(picture, lines)
-            if output and not rate:
-                save_picture(output, picture)
-            elif output:
-                writer = open_video(output, picture, rate) if writer is None else writer
+            picture = picture if rate else fit(picture, (640, 480), max)  # room for the text
+            annotate(picture, [*warning, *lines, f"Inference time: {ms:.1f} ms"])
+            if output:
+                output.parent.mkdir(parents=True, exist_ok=True)
+            if output and rate:
+                writer = writer or open_video(output, picture, rate)
                 writer.write(picture)
-            if window and show(picture, 0 if rate else seconds):
+            elif output:
+                encoded, data = cv2.imencode(output.suffix, picture)  # imwrite hides what fails
+                if not encoded:
+                    raise RequestError(f"{output}: OpenCV can't write this picture; try .png")
+                output.write_bytes(data)
+                print(f"* saved: {output}", flush=True)
+            if seconds and show(picture, 0 if rate else seconds):
                 return True
     finally:  # also after Ctrl-C
-        if writer is not None:
+        if writer:
             writer.release()
             print(f"* saved: {output}", flush=True)
     return False
@@ -694,24 +620,21 @@ def classify(source, output, net, args, window, seconds):
 
 def main():
     args, entry = get_args()
-    sources = expand_sources(args.input)
-    outputs = get_output_paths(sources, args)
-    labels = args.classes or (BUNDLED_LABELS if BUNDLED_LABELS.is_file() else None)
-    args.labels = read_lines(labels) if labels else []
-    if args.labels and not args.classes:
-        print(f"class names: ImageNet's, if there are {len(args.labels)}; --classes names others")
+    sources, window = expand_sources(args.input), has_display()
+    outputs = get_output_paths(sources, args, window)
+    args.labels = read_lines(args.classes) if args.classes else []
     args.random = entry.get("weights") == RANDOM or Path(args.model).stem.endswith(RANDOM_SUFFIX)
     net = read_net(args, entry)
-    window = has_display()
-    print(describe(args), *([KEYS] if window else []), sep="\n")
+    print("preprocessing:", ", ".join(f"{key} {getattr(args, key)}" for key in TORCHVISION))
+    if window:
+        print(KEYS)
     failed = 0
     for number, (source, output) in enumerate(zip(sources, outputs, strict=True), 1):
-        saved = args.output or not (is_video(source) and (window or not os.path.exists(source)))
         seconds = 1 if number < len(sources) else np.inf  # as OpenCV 5's sample
         try:
-            if classify(source, output if saved else None, net, args, window, seconds):
+            if classify(source, output, net, args, seconds if window else None):
                 break
-        except RequestError as error:
+        except (RequestError, cv2.error) as error:
             if len(sources) == 1:
                 raise
             report(error)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,16 @@ def find_bundled(path):
     """
     beside = SCRIPT_DIR / path
     return str(beside) if beside.exists() and Path.cwd() != SCRIPT_DIR else path
+
+
+def get_digest(path):
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def get_hash(about):
+    """SHA-256 of a value that JSON can hold, in hexadecimal."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -61,13 +72,13 @@ def copy_beside(source, path):
     return target.name
 
 
-def write_entry(converted, preprocessing, classes, made_from):
+def write_entry(converted, preprocessing, classes, options):
     """Write the entry of a converted file into the models.yml beside it.
 
     It has what classification.py needs, in the form of OpenCV's samples, and what
     conversion.find_converted asks for. Other entries stay as they are, letter for letter.
     classes: the file of the class names, or None; it is copied beside the model, so that you can
-    move the folder. made_from: SHA-256 of the request and the options of the entry.
+    move the folder. options: all else that the entry depends on.
     """
     path, name = converted.path.with_name(ZOO_NAME), converted.path.stem
     entry = {"load_info": converted.load_info, "model": converted.path.name}
@@ -75,7 +86,7 @@ def write_entry(converted, preprocessing, classes, made_from):
     entry |= {key: value for key, value in fields.items() if value not in (None, ())}
     entry |= {"engine": converted.engines[0], "engines": converted.engines}
     entry |= {"outputs": converted.outputs, "sample": ZOO_SAMPLE}
-    entry |= {"made_from": {"file": converted.made_from, "entry": made_from}}
+    entry |= {"made_from": {"file": converted.made_from, "entry": get_hash(options)}}
     if name.endswith(RANDOM_SUFFIX):
         entry["weights"] = RANDOM
     if classes:  # OpenCV 5's own samples read labels, older ones classes

@@ -7,10 +7,8 @@ doesn't import torch.
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import io
-import json
 import logging
 import os
 import re
@@ -29,11 +27,10 @@ from classification import (
     ZOO_NAME,
     RequestError,
     available,
-    get_digest,
     get_load_info,
     read_zoo,
 )
-from common import SCRIPT_DIR, NetworksDisagree, whole_file
+from common import SCRIPT_DIR, NetworksDisagree, get_digest, get_hash, whole_file
 from locate import locate
 from test_config import MODELS_DIR
 from verify import verify
@@ -78,16 +75,14 @@ def get_alias(name):
     return name if name[:1].isalpha() or name.startswith("_") else f"_{name}"
 
 
-def get_made_from(request, options=None):
-    """SHA-256 of all that a converted file depends on; with `options`, of its entry as well."""
-    about = dataclasses.asdict(request) | {"opencv": cv2.__version__, "options": options}
-    about["weights"] = request.weights.lower()
+def get_made_from(request):
+    """SHA-256 of all that a converted file depends on: request, versions, and our own code."""
+    about = dataclasses.asdict(request) | {"opencv": cv2.__version__}
+    about["weights"] = get_digest(request.weights) if request.is_file else request.weights.lower()
     about |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnx")}
     for name in ("checkpoints", "conversion", "networks", "onnx_rewrites", "verify"):
-        about[f"{name}.py"] = get_digest(SCRIPT_DIR / f"{name}.py", "sha256")
-    if request.is_file:
-        about["weights"] = get_digest(request.weights, "sha256")
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        about[f"{name}.py"] = get_digest(SCRIPT_DIR / f"{name}.py")
+    return get_hash(about)
 
 
 def find_converted(request, options=None):
@@ -103,12 +98,13 @@ def find_converted(request, options=None):
     try:
         made_from, engines, outputs = entry["made_from"], entry["engines"], entry["outputs"]
         converted = Converted(path, engines, outputs, entry["load_info"], made_from["file"])
-        wanted = {"file": get_made_from(request)}
-        wanted["entry"] = get_made_from(request, options) if options else made_from["entry"]
         damaged = not engines or not {*engines} <= available(ENGINES).keys() or not outputs > 0
+        other_options = options is not None and made_from["entry"] != get_hash(options)
     except (KeyError, TypeError):  # there is none, or it lacks a key
         return None
-    if damaged or wanted != made_from or converted.load_info != get_load_info(path):
+    if damaged or other_options or converted.made_from != get_made_from(request):
+        return None
+    if converted.load_info != get_load_info(path):
         return None
     print(f"{path}: converted and verified before, from these weights and versions")
     return converted
@@ -127,7 +123,7 @@ def convert(network, references, allow_branches=False):
     failures = []
     with whole_file(path) as part:
         for dynamo in (False, True):
-            print(f"exporting {network.name} ...", flush=True)
+            print(f"exporting {network.request.name} ...", flush=True)
             try:
                 warned = export(network.model, part, sample_blob.shape, dynamo)
                 check_branches(network.model, sample_blob.shape, warned, allow_branches)
@@ -176,10 +172,8 @@ def export(model, path, blob_shape, dynamo):
     except (Exception, SystemExit) as error:  # whatever the exporter or the network's code raises
         exporter = "PyTorch's new exporter" if dynamo else "PyTorch's TorchScript exporter"
         reason = str(error).strip().split("\n")[0].split(". ")[0][:100]
-        raise RequestError(
-            f"{exporter} can't export the network for {size[2]}x{size[1]} pictures: "
-            f"{type(error).__name__}: {reason}"
-        ) from None
+        problem = f"can't export the network for {size[2]}x{size[1]} pictures"
+        raise RequestError(f"{exporter} {problem}: {type(error).__name__}: {reason}") from None
     return warned
 
 
@@ -242,15 +236,13 @@ def check_branches(model, blob_shape, warned, allow_branches=False):
     while cause is not None:
         if isinstance(cause, (GuardOnDataDependentSymNode, DataDependentOutputException)):
             line = find_line(traceback.extract_tb(cause.__traceback__))
-            raise NotConvertible(
-                f"the network branches on its input ({line}), and a converted network can't: use "
-                "torch.where instead"
-            )
+            problem = f"the network branches on its input ({line})"
+            raise NotConvertible(f"{problem}, and a converted one can't: use torch.where instead")
         cause = cause.__context__
     if warned and not allow_branches:
         raise RequestError(
-            f"the network may branch on its input ({warned[0]}), and its file would answer "
-            "differently on pictures that take another branch; --allow_branches True converts it"
+            f"the network may branch on its input ({warned[0]}), and its file may be wrong for "
+            "pictures that take another branch; --allow_branches True converts it"
         )
 
 
@@ -267,16 +259,11 @@ def rewrite(path):
     proto = onnx.load(path)
     branches = {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan"}
     if branches:
-        raise RequestError(
-            f"the exported graph branches ({', '.join(branches)}: is it scripted?), and OpenCV's "
-            "answer is verified on one side only: use torch.where instead"
-        )
+        problem = f"the exported graph branches ({', '.join(branches)}: is it scripted?)"
+        raise RequestError(f"{problem}, and can be verified on one side only: use torch.where")
     for value in (proto.graph.input[0], proto.graph.output[0]):
         if not value.type.tensor_type.shape.dim[0].dim_param:
-            raise NotConvertible(
-                "the exported graph takes batches of one size only: does forward loop over the "
-                "pictures of a batch?"
-            )
+            raise NotConvertible("the file takes one batch size only: does forward loop over it?")
     make_readable(proto)
     data = Path(f"{path}.data")
     data.unlink(missing_ok=True)  # the new exporter's own

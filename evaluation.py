@@ -1,8 +1,10 @@
 """The evaluation of both networks over labelled pictures, for py_to_py_cls.py.
 
 Its result is a table with a row for each picture, logs/NAME_pictures.csv, and all figures come from
-it. The rows are written while it runs: nothing that was evaluated is lost, and torchrun's processes
-share the work.
+it. While it runs, the rows of each batch are kept in a file of their own, in a folder whose name
+has a hash of all that the figures depend on. So a run that was killed and resumed ends with the
+figures of one that was never stopped, and several processes end with those of one, as long as
+PyTorch's rounding doesn't depend on its number of threads.
 """
 
 import contextlib
@@ -12,15 +14,15 @@ import datetime
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,25 +31,28 @@ import numpy as np
 from tqdm import tqdm
 
 from classification import (
-    PICTURE_SUFFIXES,
+    ENGINES,
     RANDOM,
     RequestError,
+    available,
     fit_labels,
     get_blob,
     read_lines,
-    read_onnx,
     read_picture,
 )
-from common import SEED, NetworksDisagree, find_bundled, whole_file
+from common import NetworksDisagree, find_bundled, get_hash, whole_file
+from labelled_pictures import MAX_SKIPPED
 from networks import run_pytorch
-from test_config import CLS_TEST_DATA_DIR, IMAGENET_VAL_DIR, LOGS_DIR, TestClsModuleConfig
-from verify import MAX_RELATIVE_ERROR, Difference, run_opencv, time_pass
+from test_config import LOGS_DIR, TestClsModuleConfig
+from verify import MAX_RELATIVE_ERROR, Difference, run_opencv
 
 # The prefixes of their columns in the table, and their names.
 NETWORKS = {"pytorch": "PyTorch", "opencv": f"OpenCV {cv2.__version__}"}
 
+# torchrun's: how many processes it has started, and which this one is.
+PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+
 ROLL_CALL = 10  # batches between checks that all processes are alive
-MAX_SKIPPED = 0.01  # of the pictures: over that, an evaluation ends with exit code 1
 SHOWN = 10  # pictures that the summary lists; the table has all
 
 
@@ -79,129 +84,24 @@ class Row(NamedTuple):
     skipped: str = None  # why the picture can't be read
 
 
-# --- the labelled pictures ------------------------------------------------------------------------
-
-
-@dataclass
-class Data:
-    """The labelled pictures of an evaluation."""
-
-    pictures: list  # (path from the root, class ID)
-    root: str  # their folder
-    bundled: bool = False  # whether they come with this project
-    folders: list = ()  # the names of the class folders, if their order makes them classes 0, 1 ...
-
-
-def get_data(config, named_root, named_labels, class_names):
-    """The Data of a TestClsConfig, from class folders or a label file.
-
-    named_root, named_labels: whether the user named the folder, the label file; if neither, the
-    bundled pictures stand in for the tutorial's folder. class_names: lines of --classes, or None.
-    """
-    root = config.img_root_dir
-    if not named_root and not named_labels and not Path(root).exists():
-        root = find_bundled(CLS_TEST_DATA_DIR)
-        print(f"no {IMAGENET_VAL_DIR} here: evaluating on the bundled pictures")
-        return Data(read_val_file(os.path.join(root, "val.txt"), root), root, bundled=True)
-    if not Path(root).is_dir():
-        raise RequestError(f"--img_root_dir {root}: no such folder")
-    folders = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
-    found = [find_pictures(root, name) for name in folders]
-    if not named_labels and not any(found) and not os.path.isfile(config.img_cls_file):
-        raise RequestError(f"{root}: no pictures in folders in it, and no {config.img_cls_file}")
-    if named_labels or not any(found):
-        return Data(read_val_file(config.img_cls_file, root), root)
-    named = get_class_ids(folders, class_names)
-    class_ids = named or range(len(folders))  # check_evaluation wants all classes then
-    pictures = [(name, c) for c, names in zip(class_ids, found, strict=True) for name in names]
-    print(
-        f"{root}: {len(pictures)} pictures in {len(folders)} classes: folder {folders[0]} is class "
-        f"{class_ids[0]}, ..., {folders[-1]} is class {class_ids[-1]}"
-    )
-    return Data(pictures, root, folders=() if named else folders)
-
-
-def find_pictures(root, name):
-    """The pictures in a class folder and its subfolders, without hidden ones and links."""
-    pictures = []
-    for folder, subfolders, files in os.walk(os.path.join(root, name)):
-        subfolders[:] = sorted(subfolder for subfolder in subfolders if subfolder[0] != ".")
-        files = sorted(file for file in files if file.lower().endswith(PICTURE_SUFFIXES))
-        pictures += [os.path.relpath(os.path.join(folder, file), root) for file in files]
-    return pictures
-
-
-def get_class_ids(folders, class_names):
-    """The class IDs if all folders are named by numbers, or lines (first words) of --classes."""
-    if all(name.isascii() and name.isdecimal() for name in folders):
-        return [int(name) for name in folders]
-    lines = [line.strip() for line in class_names or []]
-    for known in (lines, [line.partition(" ")[0] for line in lines]):
-        if all(known.count(name) == 1 for name in folders):
-            return [known.index(name) for name in folders]
-    return None
-
-
-def read_val_file(path, root):
-    """[(name of a picture, class ID)] from a file like ImageNet's val.txt: lines of "name ID"."""
-    lines = [(number, line) for number, line in enumerate(read_lines(path), 1) if line.strip()]
-    found = {}  # {name: (class ID, number of the line)}
-    for number, line in lines:
-        *name, label = line.rsplit(maxsplit=1)
-        if not name or not (label.isascii() and label.isdecimal() and len(label) < 10):
-            raise RequestError(f"{path}, line {number}: '{line[:60]}' is not 'name class-ID'")
-        name = os.path.normpath(name[0])
-        class_id, first = found.setdefault(name, (int(label), number))
-        if class_id != int(label):
-            raise RequestError(
-                f"{path}: {name} is class {class_id} in line {first}, and {label} in line {number}"
-            )
-    if len(found) < len(lines):
-        print(f"NOTE: {path}: {len(lines) - len(found)} lines repeat others, and count once")
-    if not found:
-        raise RequestError(f"{path}: no pictures in it; it takes lines of 'name class-ID'")
-    missing = [name for name in found if not os.path.isfile(os.path.join(root, name))]
-    if len(missing) > MAX_SKIPPED * len(found):
-        raise RequestError(
-            f"{path}: of {len(found)} pictures, {len(missing)} don't exist in {root}: "
-            f"{', '.join(missing[:1])}; it takes lines of 'name class-ID'"
-        )
-    return [(name, class_id) for name, (class_id, _) in found.items()]
-
-
 def check_evaluation(network, preprocessing, data, outputs, args):
     """Raise RequestError for an evaluation that is impossible, or whose figures mean nothing."""
     p, classes = preprocessing, max(outputs, 2)  # a single logit tells class 0 from class 1
     if data.bundled and classes != 1000:
-        raise RequestError(
-            f"the bundled pictures are of ImageNet's 1000 classes, and the network has {classes}: "
-            "give --img_root_dir, --test True or --evaluate False"
-        )
+        problem = f"the bundled pictures are of ImageNet's 1000 classes, the network has {classes}"
+        raise RequestError(f"{problem}: give --img_root_dir, --test True or --evaluate False")
     if data.folders and len(data.folders) != classes:
-        raise RequestError(
-            f"{data.root}: {len(data.folders)} class folders for {classes} classes: name them by "
-            "class IDs or by lines of a --classes file, or have one for each class"
-        )
+        problem = f"{data.root}: {len(data.folders)} class folders for {classes} classes"
+        raise RequestError(f"{problem}: name them by IDs or lines of --classes, or have one each")
     for name, class_id in data.pictures:
         if class_id >= classes:
-            raise RequestError(
-                f"{name} has class ID {class_id}, but the network's classes are 0 to {classes - 1}"
-            )
+            problem = f"{name} has class ID {class_id}"
+            raise RequestError(f"{problem}, but the network's classes are 0 to {classes - 1}")
     get_class_names(data, outputs, args)
-    if args.preprocess == "tutorial":
-        if p.initial_width < p.width or p.initial_height < p.height:
-            raise RequestError(f"--rsz_width or --rsz_height is less than --frame_size {p.width}")
-        return
-    if network.transforms is None:
+    if p.initial_width < p.width or p.initial_height < p.height:
+        raise RequestError(f"--rsz_width or --rsz_height is less than --frame_size {p.width}")
+    if args.preprocess == "torchvision" and network.transforms is None:
         raise RequestError("--preprocess torchvision is for torchvision's networks: leave it out")
-    fields = attrgetter("scale", "mean", "std", "initial_width", "initial_height")
-    same = np.allclose(np.hstack(fields(p)), np.hstack(fields(network.preprocessing)))
-    (cut,) = network.transforms.crop_size
-    if not same or cut != p.width or args.bgr_to_rgb is False:
-        raise RequestError(
-            f"--preprocess torchvision cuts out {cut} pixels, in RGB, with the weights' mean and "
-            "std: leave out the options that say otherwise"
-        )
 
 
 def get_class_names(data, outputs, args):
@@ -210,9 +110,6 @@ def get_class_names(data, outputs, args):
         return data.folders
     path = args.classes or find_bundled(TestClsModuleConfig.classes)
     return fit_labels(read_lines(path), args.classes, max(outputs, 2))
-
-
-# --- a batch of pictures, and both networks' answers ----------------------------------------------
 
 
 def get_centre_blob(picture, preprocessing):
@@ -259,32 +156,13 @@ def keep_large_blocks():
     """Have glibc keep the memory of a layer's output for the next layer.
 
     By default it returns blocks of that size to the kernel, and PyTorch spends up to half the time
-    of a batch of 50 in page faults. That isn't PyTorch's fault, and a comparison mustn't charge it.
-    Other platforms' allocators are left alone.
+    of a batch of 50 in page faults, which a comparison mustn't charge it.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def choose_engine(converted, shape, engine):
-    """OpenCV's inference engine: the one asked for, or the fastest of those that are right."""
-    if engine not in ("auto", *converted.engines):
-        raise RequestError(f"--engine {engine} doesn't give PyTorch's answer: leave it out")
-    if engine != "auto":
-        return engine
-    few = min(8, shape[0])
-    blob = np.random.default_rng(SEED).standard_normal((few, *shape[1:]), np.float32)
-    ms = {}
-    for name in converted.engines:
-        net = read_onnx(converted.path, name)
-        ms[name] = 1000 * time_pass(partial(run_opencv, net, blob)) / few
-    fastest = min(ms, key=ms.get)
-    timings = ", ".join(f"{name} {ms[name]:.1f} ms" for name in ms)
-    print(f"OpenCV's engines: {timings} per picture; taking {fastest}", flush=True)
-    return fastest
 
 
 def evaluate_batch(networks, blob, rows):
@@ -297,31 +175,21 @@ def evaluate_batch(networks, blob, rows):
     labels = np.array([[row.label] for row in rows])
     for name, forward in networks.items():
         start = time.perf_counter()
-        output = forward(blob)
-        ms = 1000 * (time.perf_counter() - start) / len(rows)
-        logits[name] = output.astype(np.float64)
-        scores = np.pad(logits[name], ((0, 0), (1 if output.shape[1] == 1 else 0, 0)))
+        logits[name] = forward(blob)
+        columns[f"{name}_ms"] = np.full(len(rows), 1000 * (time.perf_counter() - start) / len(rows))
+        scores = logits[name].astype(np.float64)
+        scores = np.pad(scores, ((0, 0), (1 if scores.shape[1] == 1 else 0, 0)))
         order = np.argsort(-scores, axis=1, kind="stable")
-        highest = scores.max(axis=1, keepdims=True)
         columns[f"{name}_class"] = order[:, 0]
         columns[f"{name}_rank"] = 1 + (order == labels).argmax(axis=1)
+        highest = scores.max(axis=1, keepdims=True)
         columns[f"{name}_probability"] = 1 / np.exp(scores - highest).sum(axis=1)
-        columns[f"{name}_ms"] = np.full(len(rows), ms)
-    difference = np.abs(logits["pytorch"] - logits["opencv"])
+    difference = np.abs(logits["pytorch"].astype(np.float64) - logits["opencv"])
     columns["l1"], columns["l_inf"] = difference.mean(axis=1), difference.max(axis=1)
     columns["peak"] = np.abs(logits["pytorch"]).max(axis=1)
     values = zip(*(column.tolist() for column in columns.values()), strict=True)
     answers = [dict(zip(columns, value, strict=True)) for value in values]
     return [row._replace(**answer) for row, answer in zip(rows, answers, strict=True)]
-
-
-# --- nothing lost ---------------------------------------------------------------------------------
-#
-# While an evaluation runs, each process appends its rows to a running file of its own. The file's
-# name has a hash of all that the figures depend on, and the engine; each line ends in a checksum. A
-# batch is done if all its rows are there. So a run that was killed and resumed ends with the
-# figures of one that was never stopped, and several processes end with those of one, as long as
-# PyTorch's rounding doesn't depend on its number of threads.
 
 
 def get_key(network, converted, preprocessing, data, config, args):
@@ -334,10 +202,11 @@ def get_key(network, converted, preprocessing, data, config, args):
         changed = s and (s.st_size, s.st_mtime_ns, s.st_ctime_ns)
         pictures.update(ascii((name, label, changed)).encode())
     return {
-        "network": network.name,
+        "network": network.request.name,
         "weights": network.weights,
         "made_from": converted.made_from,
         "onnx": converted.load_info,
+        "engine": choose_engine(converted, args.engine),
         "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
         "pictures_root": data.root,
         "pictures_sha256": pictures.hexdigest(),
@@ -345,45 +214,33 @@ def get_key(network, converted, preprocessing, data, config, args):
         "preprocess": args.preprocess,
         "preprocessing": repr(preprocessing),
         "channels": "RGB" if preprocessing.rgb else "BGR",
-        "engine_option": args.engine,
     }
 
 
-def find_running(name, digest="[0-9a-f]" * 12):
-    """The running files of evaluations with this name, and with this hash or any."""
-    return sorted(Path(LOGS_DIR).glob(f"{name}_{digest}_*_*.csv"))
+def choose_engine(converted, engine):
+    """OpenCV's inference engine: the one asked for, or the fastest of those that are right."""
+    if engine not in ("auto", *converted.engines):
+        raise RequestError(f"--engine {engine} doesn't give PyTorch's answer: leave it out")
+    # two machines may have found different ones
+    return gather(converted.engines[0] if engine == "auto" else engine)[0]
 
 
-def append_rows(path, rows):
-    """Add rows to a running file, and sync it to the disk in case the power fails."""
-    # JSON's strings keep a name with a newline in one line
-    lines = [json.dumps(row)[1:-1] for row in rows]
-    text = "".join(f"{line}, {zlib.crc32(line.encode())}\n" for line in lines)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="ascii") as file:
-            file.write(f"\n{text}")  # ends a line that was cut
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise RequestError(f"{path}: can't be written: {error.strerror}") from None
+def write_batch(folder, rows):
+    """Keep the rows of a batch. The file's name has the batch's number and a checksum."""
+    text = json.dumps(rows)
+    with whole_file(folder / f"{rows[0].batch}-{zlib.crc32(text.encode())}.json") as part:
+        part.write_text(text, "ascii")
 
 
-def collect_rows(paths, batches):
-    """The rows of whole batches in the running files that all processes have found, in order."""
+def read_batches(folder):
+    """{number of a batch: its rows} of those that all processes have kept, in order."""
     found = {}
-    for path in paths:
-        for line in path.read_text("ascii", "replace").splitlines():
-            text, _, checksum = line.rpartition(", ")
-            if checksum == str(zlib.crc32(text.encode())):  # else it is damaged
-                row = Row(*json.loads(f"[{text}]"))
-                found[row.number] = row
-    rows = {number: row for others in gather(found) for number, row in others.items()}
-    whole = [batch for batch in batches if all(row.number in rows for row in batch)]
-    return [rows[row.number] for batch in whole for row in batch]
-
-
-# --- the figures ----------------------------------------------------------------------------------
+    for path in folder.glob("*.json"):
+        number, _, checksum = path.stem.partition("-")
+        text = path.read_text("ascii", "replace")
+        if checksum == str(zlib.crc32(text.encode())):  # else it is damaged
+            found[int(number)] = [Row(*row) for row in json.loads(text)]
+    return dict(sorted(item for others in gather(found) for item in others.items()))
 
 
 def get_table(rows):
@@ -399,13 +256,9 @@ def get_batches(table):
 def get_difference(table):
     """The Difference over all its pictures; the relative error is the largest of a batch's."""
     relative = [batch.l_inf.max() / max(batch.peak.max(), 1e-30) for batch in get_batches(table)]
-    return Difference(
-        l1=float(table.l1.mean()),
-        l_inf=float(table.l_inf.max()),
-        relative=float(np.max(relative)),  # np: nan wins
-        same_class=int((table.pytorch_class == table.opencv_class).sum()),
-        pictures=len(table),
-    )
+    l1, l_inf = float(table.l1.mean()), float(table.l_inf.max())
+    same_class = int((table.pytorch_class == table.opencv_class).sum())
+    return Difference(l1, l_inf, float(np.max(relative)), same_class, len(table))  # np: nan wins
 
 
 def get_figures(rows, total):
@@ -527,7 +380,8 @@ def draw_wrong(table, root, describe, title, path):
 def write_results(name, rows, figures, about, class_names):
     """The table, log, JSON, chart and contact sheet in LOGS_DIR; the summary is printed as well."""
     ends = ("pictures.csv", "log.txt", "summary.json", "time.png", "wrong.png")
-    csv_path, log, summary, chart, wrong = (Path(LOGS_DIR) / f"{name}_{end}" for end in ends)
+    paths = [Path(LOGS_DIR) / f"{name}_{end}" for end in ends]
+    csv_path, log, summary, chart, wrong = paths
     weights = about["weights"]
     title = f"{name}, {'RANDOM' if weights == RANDOM else weights} weights"
 
@@ -546,43 +400,30 @@ def write_results(name, rows, figures, about, class_names):
     draw_times(table, figures, f"{title}: inference time, {len(table)} pictures", chart)
     title = f"{title}: the surest of the wrong answers"
     draw_wrong(table, about["pictures_root"], describe, title, wrong)
-    lines += [f"table: {csv_path}", f"log: {log}", f"summary: {summary}", f"chart: {chart}"]
-    lines += [f"wrong pictures: {wrong}"] if wrong.exists() else []
+    kinds = ("table", "log", "summary", "chart", "wrong pictures")
+    lines += [f"{kind}: {path}" for kind, path in zip(kinds, paths, strict=True) if path.exists()]
     print(*lines, sep="\n", flush=True)
-
-
-# --- many processes -------------------------------------------------------------------------------
-
-
-def get_processes():
-    """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def get_rank():
-    """Which of torchrun's processes this one is; 0 without it."""
-    return int(os.environ.get("RANK", 0))
 
 
 def join_processes():
     """Join torchrun's processes, if there are several; only rank 0 prints from now on."""
-    if get_processes() == 1:
+    if PROCESSES == 1:
         return
     import torch.distributed as dist
 
     # gloo notices by itself that a rank has died, but not that its machine has lost its power
     dist.init_process_group("gloo", timeout=datetime.timedelta(hours=1))
-    if get_rank() != 0:
+    if RANK != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
 def gather(value):
     """[the `value` of each process, by rank]; also a barrier. RequestError if one has died."""
-    if get_processes() == 1:
+    if PROCESSES == 1:
         return [value]
     import torch.distributed as dist
 
-    values = [None] * get_processes()
+    values = [None] * PROCESSES
     try:
         dist.all_gather_object(values, value)
     except RuntimeError:
@@ -592,18 +433,12 @@ def gather(value):
 
 @contextlib.contextmanager
 def first_process_first():
-    """Rank 0 runs the block first, then one process per machine, then the others.
-
-    What the first downloads and converts is then there for the others.
-    """
-    turn = 0 if get_rank() == 0 else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
-    for current in range(3):
-        if current == turn:
+    """On each machine one process runs the block first: the others find what it has converted."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for turn in (True, False):
+        if turn == is_first:
             yield
         gather(None)
-
-
-# --- the run --------------------------------------------------------------------------------------
 
 
 def evaluate(network, converted, preprocessing, data, config, args):
@@ -615,80 +450,74 @@ def evaluate(network, converted, preprocessing, data, config, args):
     """
     import torch
 
-    p = replace(preprocessing, rgb=config.bgr_to_rgb)
+    p, total = replace(preprocessing, rgb=config.bgr_to_rgb), len(data.pictures)
     key = get_key(network, converted, p, data, config, args)
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     # what differs from the defaults is in the name of the results, so no run replaces another's
     options = {args.preprocess: "tutorial", args.engine: "auto", key["channels"]: "RGB"}
     differs = [option for option, default in options.items() if option != default]
     name = "_".join([converted.path.stem, *differs])
-    total = len(data.pictures)
     size = min(config.batch_size, total)
     rows = [Row(i, *picture, batch=i // size) for i, picture in enumerate(data.pictures)]
     batches = [rows[first : first + size] for first in range(0, total, size)]
-    engine, done = resume(name, digest, batches, args)
-    whole = {row.batch for row in done}
-    missing = [batch for batch in batches if batch[0].batch not in whole]
-    if done:
-        print(f"resuming after {len(done)} of {total} pictures; --resume False starts over")
+    folder = Path(LOGS_DIR) / f"{name}_{get_hash(key)[:12]}"
+    done = resume(folder, name, total, args.resume)
+    missing = [batch for batch in batches if batch[0].batch not in done]
 
     make_blob = partial(get_centre_blob, preprocessing=p)
     if args.preprocess == "torchvision":
         make_blob = partial(get_torchvision_blob, transforms=network.transforms)
     keep_large_blocks()
     buffer = np.empty((size, 3, p.height, p.width), np.float32)
-    engine = gather(get_rank() == 0 and choose_engine(converted, buffer.shape, engine))[0]
-    net = read_onnx(converted.path, engine)
     network.model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
+    net = cv2.dnn.readNetFromONNX(str(converted.path), available(ENGINES)[key["engine"]])
     pytorch = partial(run_pytorch, network.model, memory_format=torch.channels_last)
     networks = {"pytorch": pytorch, "opencv": partial(run_opencv, net)}
-    path = Path(LOGS_DIR) / f"{name}_{digest}_{engine}_{get_rank()}.csv"
     start = time.perf_counter()
-    interrupted = run_batches(missing, data.root, networks, make_blob, buffer, path)
+    interrupted = run_batches(missing, data.root, networks, make_blob, buffer, folder)
     seconds = time.perf_counter() - start
 
-    rows = collect_rows(find_running(name, digest), batches)
+    rows = [row for rows in read_batches(folder).values() for row in rows]
     if not interrupted and all(row.skipped for row in rows):
         raise RequestError(f"none of the {total} pictures can be read: {rows[0].skipped}")
-    if get_rank() == 0 and not all(row.skipped for row in rows):
+    if RANK == 0 and not all(row.skipped for row in rows):
         figures = get_figures(rows, total)
-        about = {"engine": engine, "processes": get_processes(), "published": network.published}
+        about = key | {"processes": PROCESSES, "published": network.published}
         about["threads"] = {"PyTorch": torch.get_num_threads(), "OpenCV": cv2.getNumThreads()}
         about["seconds"] = seconds  # of this process's loop, since its last start
         names = dict(enumerate(get_class_names(data, converted.outputs, args)))
-        write_results(f"{name}_partial" if interrupted else name, rows, figures, key | about, names)
+        write_results(f"{name}_partial" if interrupted else name, rows, figures, about, names)
     if interrupted:
         raise KeyboardInterrupt
-    gather(None)  # the running files are kept until rank 0 has written the results
-    for path in find_running(name, digest):
-        path.unlink(missing_ok=True)
-    if get_rank() == 0:
+    gather(None)  # the batches are kept until rank 0 has written the results
+    shutil.rmtree(folder, ignore_errors=True)
+    if RANK == 0:
         check_figures(figures)
 
 
-def resume(name, digest, batches, args):
-    """(the engine to take, the rows that are there) of a run that may have been stopped."""
-    running = find_running(name, digest)
-    others = sorted({*find_running(name)} - {*running})
+def resume(folder, name, total, is_wanted):
+    """The batches of a run that was stopped; none if there are none, or if they aren't wanted."""
+    others = {*Path(LOGS_DIR).glob(f"{name}_{'[0-9a-f]' * 12}")} - {folder}
     if others:
-        print(f"NOTE: {others[0]}: stopped with other pictures or options, and left alone")
-    if not args.resume:
-        for path in running:
-            path.unlink(missing_ok=True)
-        running = []
-    engines = [path.stem.split("_")[-2] for found in gather(running) for path in found]
-    return [*engines, args.engine][0], collect_rows(running, batches)
+        print(f"NOTE: {min(others)}: stopped with other pictures or options, and left alone")
+    if not is_wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+    gather(None)  # before another process reads what this one deletes
+    done = read_batches(folder)
+    if done:
+        count = sum(map(len, done.values()))
+        print(f"resuming after {count} of {total} pictures; --resume False starts over")
+    return done
 
 
-def run_batches(batches, root, networks, make_blob, buffer, path):
+def run_batches(batches, root, networks, make_blob, buffer, folder):
     """Evaluate this process's share of the batches; return whether Ctrl-C has ended it.
 
-    batches: [[Row]]; buffer: for a whole batch's blob; path: the running file.
+    batches: [[Row]]; buffer: for a whole batch's blob; folder: where the batches are kept.
     """
-    share = batches[get_rank() :: get_processes()]
-    turns = -(-len(batches) // get_processes())  # the same number in each process
+    share = batches[RANK::PROCESSES]
+    turns = -(-len(batches) // PROCESSES)  # the same number in each process
     interrupted = False
-    hidden = None if get_rank() == 0 else True  # None: shown on a terminal
+    hidden = None if RANK == 0 else True  # None: shown on a terminal
     with (
         ThreadPoolExecutor(os.cpu_count()) as workers,
         tqdm(total=sum(map(len, share)), unit=" pictures", disable=hidden) as bar,
@@ -702,7 +531,8 @@ def run_batches(batches, root, networks, make_blob, buffer, path):
                 # decoding has all cores between the passes, and none during them
                 rows = [row._replace(warm_up=turn == 0) for row in share[turn]]
                 blob, read, skipped = read_batch(rows, root, make_blob, workers, buffer)
-                append_rows(path, skipped + (evaluate_batch(networks, blob, read) if read else []))
+                read = evaluate_batch(networks, blob, read) if read else []
+                write_batch(folder, sorted(skipped + read))
                 bar.update(len(rows))
             except KeyboardInterrupt:
                 interrupted = True

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from classification import ENGINES, OneLineParser, available, check_model, one_line, run
+from classification import ENGINES, OneLineParser, RequestError, available, one_line, run
 from common import SEED, NetworksDisagree
 from verify import MAX_RELATIVE_ERROR, get_relative_error, run_engine_apart
 
@@ -48,8 +48,7 @@ def find_first_wrong(onnx_path, engine, references, deadline):
         return f"unknown: onnx can't run the file: {one_line(error)[:100]}"
     # float32 tensors: no shapes, no sequences
     names = [n for n, v in tensors.items() if getattr(v, "ndim", 0) > 1 and v.dtype == np.float32]
-    right, wrong, fault = 0, len(names), None
-    middle = len(names) - 1  # the whole graph first
+    right, wrong, fault, middle = 0, len(names), None, len(names) - 1  # the whole graph first
     while wrong - right > 1:
         try:
             check_cut(proto, tensors, names[middle], engine, deadline - time.monotonic())
@@ -115,7 +114,8 @@ def main():
     engines = [name for name in available(ENGINES) if name != "auto"]
     parser.add_argument("--engine", choices=engines, help="OpenCV's engine (default: all)")
     args = parser.parse_args()
-    check_model(args.model)
+    if not Path(args.model).is_file():
+        raise RequestError(f"{args.model}: no such file")
     for engine in [args.engine] if args.engine else engines:
         print(f"{engine} engine: first wrong node: ", end="", flush=True)
         print(locate(args.model, engine))

@@ -15,14 +15,17 @@ import json
 import os
 import socket
 import sys
+import traceback
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from checkpoints import find_state_dict, read_checkpoint
-from classification import RANDOM, RequestError, get_digest, one_line
-from common import SCRIPT_DIR, SEED, Preprocessing, read_tutorial
+from classification import RANDOM, RequestError, one_line
+from common import SCRIPT_DIR, SEED, Preprocessing, get_digest, read_tutorial
 from default_preprocess_config import pytorch_resize_input_blob
 
+IMAGENET = Preprocessing(**read_tutorial(pytorch_resize_input_blob))
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
 # torchvision's weights for these two expect pictures that aren't normalized as ImageNet's are, and
@@ -70,10 +73,6 @@ class Network:
     transforms: object = None  # torchvision's; None for your own networks
     published: dict = field(default_factory=dict)  # {"acc@1": %, ...} of torchvision's weights
 
-    @property
-    def name(self):
-        return self.request.name
-
 
 def load_network(request, or_random=True):
     """The Network of a Request.
@@ -81,7 +80,8 @@ def load_network(request, or_random=True):
     Without torchvision's weights and without a network connection it gets random weights, and
     stderr says so; with or_random=False, or for any other reason, RequestError is raised.
     """
-    announce_torch()
+    if "torch" not in sys.modules:  # it takes seconds
+        print("loading PyTorch ...", flush=True)
     network = load_own(request) if request.is_own else load_torchvisions(request, or_random)
     own = network.preprocessing
     network.preprocessing = scale_frame(own, request.width, request.height)
@@ -95,15 +95,6 @@ def load_network(request, or_random=True):
     return network
 
 
-def announce_torch():
-    """Say that torch is imported next, which takes seconds."""
-    if "torch" not in sys.modules:
-        print("loading PyTorch ...", flush=True)
-
-
-# --- torchvision's networks -----------------------------------------------------------------------
-
-
 def load_torchvisions(request, or_random):
     """The Network of a Request for one of torchvision's classifiers."""
     import torch
@@ -113,35 +104,28 @@ def load_torchvisions(request, or_random):
     entry = known.get(request.weights.upper()) if request.weights else default
     transforms = (entry or default).transforms()
     preprocessing = read_transforms(transforms)
-    size = request.width or preprocessing.width
-    model = None
+    build = partial(build_torchvisions, name, request.width or preprocessing.width)
+    model, weights, published = None, Path(request.weights).name, {}
     if request.is_file:
-        model = load_weights(request, lambda **options: build_torchvisions(name, size, **options))
+        model = load_weights(request, build)
         if name in BUILD_OPTIONS:
-            print(
-                f"NOTE: {request.weights}: assuming that the network was trained with "
-                "transform_input=True, like torchvision's own; if not, give MODULE:FUNCTION",
-                file=sys.stderr,
-            )
+            note = "assuming it was trained with transform_input=True; if not, give MODULE:FUNCTION"
+            print(f"NOTE: {request.weights}: {note}", file=sys.stderr)
     elif entry:
-        model = download_torchvisions(name, size, entry, or_random)
+        model = download_torchvisions(name, build, entry, or_random)
+        weights, published = entry.name, entry.meta["_metrics"]["ImageNet-1K"]
     elif not request.is_random:
-        raise RequestError(
-            f"--weights {request.weights}: not a file, and not weights of {name}, which are "
-            f"{', '.join(known)}; or '{RANDOM}'"
-        )
-    published = entry.meta["_metrics"]["ImageNet-1K"] if entry and model else {}
-    weights = entry.name if published else Path(request.weights).name
+        choices = ", ".join([*known, RANDOM])
+        raise RequestError(f"--weights {request.weights}: not a file, and not one of {choices}")
     if model is None:
-        request, weights = replace(request, weights=RANDOM), RANDOM
+        request, weights, published = replace(request, weights=RANDOM), RANDOM, {}
         torch.manual_seed(SEED)
-        model = build_torchvisions(name, size)
+        model = build()
     return Network(request, weights, model.eval(), preprocessing, True, transforms, published)
 
 
 def get_torchvision_names():
     """torchvision's classifiers: 80 in 0.29."""
-    announce_torch()
     from torchvision import models
 
     return models.list_models(module=models)
@@ -152,15 +136,13 @@ def get_torchvision_weights(name):
     from torchvision import models
 
     if name not in (names := get_torchvision_names()):
-        near = difflib.get_close_matches(name, names, n=3) or [*names[:2], "..."]
-        raise RequestError(
-            f"--model_name: unknown network '{name}'; did you mean {' or '.join(near)}? "
-            "--list_models shows all of torchvision's, and MODULE:FUNCTION names your own"
-        )
+        near = " or ".join(difflib.get_close_matches(name, names, n=3) or [*names[:2], "..."])
+        hint = f"did you mean {near}? --list_models shows all; MODULE:FUNCTION names your own"
+        raise RequestError(f"--model_name: unknown network '{name}'; {hint}")
     return models.get_model_weights(name).__members__
 
 
-def build_torchvisions(name, size=224, **options):
+def build_torchvisions(name, size, **options):
     """The network for pictures of `size` px; options: torchvision's, weights or num_classes."""
     from torchvision import models
 
@@ -169,28 +151,22 @@ def build_torchvisions(name, size=224, **options):
     try:
         return models.get_model(name, **options, **BUILD_OPTIONS.get(name, {}))
     except (AssertionError, ValueError) as error:
-        raise RequestError(
-            f"{name} can't be made for {size}x{size} pictures: {one_line(error)}; give another "
-            "--frame_size"
-        ) from None
+        reason = f"{one_line(error)}; give another --frame_size"
+        raise RequestError(f"{name} can't be made for {size}x{size} pictures: {reason}") from None
 
 
-def download_torchvisions(name, size, entry, or_random):
+def download_torchvisions(name, build, entry, or_random):
     """The network with torchvision's weights; None if they can't be had and random ones may be."""
     import torch
 
     path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
     # the name ends in the start of its SHA-256; torch checks that only when it downloads the file
-    prefix = path.stem.rpartition("-")[2]
-    if path.is_file() and not get_digest(path, "sha256").startswith(prefix):
-        raise RequestError(
-            f"{path}: not the file that torchvision offers under this name: delete it, or rename "
-            "it and give it with --weights"
-        )
+    if path.is_file() and not get_digest(path).startswith(path.stem.rpartition("-")[2]):
+        raise RequestError(f"{path}: not the file that torchvision means by this name: delete it")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub has no time limit
     try:
-        return build_torchvisions(name, size, weights=entry, progress=sys.stderr.isatty())
+        return build(weights=entry, progress=sys.stderr.isatty())
     # RuntimeError: the hash doesn't fit; HTTPException: the answer isn't HTTP
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = one_line(getattr(error, "reason", error))
@@ -198,15 +174,10 @@ def download_torchvisions(name, size, entry, or_random):
         socket.setdefaulttimeout(before)
     reason = f"{name}'s weights can't be downloaded: {path.name}: {reason}"
     if not or_random:
-        raise RequestError(
-            f"{reason}: put it into {path.parent}, or give --weights FILE or --weights {RANDOM}"
-        )
+        raise RequestError(f"{reason}: put it into {path.parent}, or give --weights {RANDOM}")
     reason += ": continuing with RANDOM WEIGHTS, which prove the conversion just as well, but give"
     print(f"WARNING: {reason} meaningless answers", file=sys.stderr, flush=True)
     return None
-
-
-# --- your own networks ----------------------------------------------------------------------------
 
 
 def load_own(request):
@@ -215,8 +186,7 @@ def load_own(request):
 
     torch.manual_seed(SEED)
     if request.is_file:
-        model = load_weights(request, lambda: build_own(request.name))
-        weights = Path(request.weights).name
+        model, weights = load_weights(request, partial(build_own, request.name)), request.weights
     elif request.weights and not request.is_random:
         raise RequestError(f"--weights {request.weights}: no such file")
     else:
@@ -224,7 +194,7 @@ def load_own(request):
     if weights == "own":
         print(f"{request.name}: using the weights the function returns it with")
     preprocessing, declared = read_own_preprocessing(request.name, model)
-    return Network(request, weights, model, preprocessing, declared)
+    return Network(request, Path(weights).name, model, preprocessing, declared)
 
 
 def build_own(name):
@@ -250,17 +220,14 @@ def build_own(name):
         if not isinstance(model, torch.nn.Module):
             model = model()
     if not isinstance(model, torch.nn.Module):
-        raise RequestError(
-            f"--model_name {name}: returns {type(model).__name__}, not a torch.nn.Module"
-        )
+        raise RequestError(f"--model_name {name}: returns {type(model).__name__}, not an nn.Module")
     while isinstance(model, torch.nn.DataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, torch.nn.DataParallel) else model._orig_mod
     try:
         return model.cpu().eval()
     except NotImplementedError:  # a torch.export program's (PyTorch 2.15)
-        raise RequestError(
-            f"--model_name {name}: returns an exported program; return the module it was made of"
-        ) from None
+        problem = "returns an exported program; return the module it was made of"
+        raise RequestError(f"--model_name {name}: {problem}") from None
 
 
 @contextlib.contextmanager
@@ -275,10 +242,9 @@ def your_modules(name):
     try:
         yield
     except SystemExit as error:
-        raise RequestError(
-            f"--model_name {name}: its code exits (SystemExit: {error}); put what a script runs "
-            'under `if __name__ == "__main__":`'
-        ) from None
+        problem = f"its code exits (SystemExit: {error})"
+        hint = 'put what a script runs under `if __name__ == "__main__":`'
+        raise RequestError(f"--model_name {name}: {problem}; {hint}") from None
     finally:
         sys.modules.update(hidden)
         sys.path[:] = [*path, os.getcwd()]  # for what your code imports later
@@ -289,21 +255,19 @@ def adapt_own(network):
     """Make the network one in float32 that returns nothing but logits; say what that changes."""
     import torch
 
-    model, preprocessing = network.model, network.preprocessing
+    model, name, preprocessing = network.model, network.request.name, network.preprocessing
     batch = torch.randn(1, 3, preprocessing.height, preprocessing.width)
     dtype = get_dtype(model)
     before = get_logits(run_forward(model, batch.to(dtype)))
     output = run_forward(model.float(), batch)
     if get_logits(output) is not output:
-        print(f"{network.name}: taking the `logits` of what it returns")
+        print(f"{name}: taking the `logits` of what it returns")
         model.register_forward_hook(lambda module, inputs, output: get_logits(output))
     after = get_logits(output)
     if dtype != torch.float32 and torch.is_tensor(after):
         change = float((after - before).abs().max() / after.abs().max())
-        print(
-            f"{network.name}: converted as float32; the {str(dtype).removeprefix('torch.')} "
-            f"network itself differs from it by {change:.0e}"
-        )
+        kind = str(dtype).removeprefix("torch.")
+        print(f"{name}: converted as float32; the {kind} network itself differs by {change:.0e}")
 
 
 def get_dtype(model):
@@ -320,16 +284,13 @@ def get_logits(output):
     return getattr(output, "logits", output)
 
 
-# --- preprocessing --------------------------------------------------------------------------------
-
-
 def adapt_preprocessing(mean, std, width, height, resize):
     """The tutorial's Preprocessing for another size, px, and other normalization.
 
     mean, std: for pixels from 0 to 1. resize: the size before the crop, over the size after it.
     """
     return replace(
-        Preprocessing(**read_tutorial(pytorch_resize_input_blob)),
+        IMAGENET,
         mean=tuple(float(f"{255 * value:g}") for value in mean),
         std=tuple(std),
         width=width,
@@ -364,7 +325,7 @@ def read_own_preprocessing(name, model):
         height, width = size or config["input_size"][1:]
         resize = 1 / (config.get("crop_pct") or 1)
         return adapt_preprocessing(config["mean"], config["std"], width, height, resize), True
-    config, default = getattr(model, "config", None), read_tutorial(pytorch_resize_input_blob)
+    config = getattr(model, "config", None)
     path = Path(getattr(config, "_name_or_path", ""), "preprocessor_config.json")
     about = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     size = getattr(config, "image_size", None) or about.get("crop_size") or about.get("size", 224)
@@ -372,7 +333,7 @@ def read_own_preprocessing(name, model):
         size = size.get("shortest_edge") or (size["height"], size["width"])
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     if not about:
-        return scale_frame(Preprocessing(**default), width, height), False
+        return scale_frame(IMAGENET, width, height), False
     print(f"{name}: preprocessing from {path}")
     return adapt_preprocessing(about["image_mean"], about["image_std"], width, height, 1), True
 
@@ -416,11 +377,8 @@ def calibrate(model, width, height):
         batch_norm.running_mean = 0.05 * inputs[0].mean(axes)
         batch_norm.running_var = variance.clamp(min=variance.mean())
 
-    hooks = [
-        module.register_forward_pre_hook(set_statistics)
-        for module in model.modules()
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-    ]
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(set_statistics) for norm in norms]
     with torch.no_grad():
         for parameter in model.parameters():
             if (parameter == parameter.flatten()[0]).all():
@@ -450,11 +408,9 @@ def load_weights(request, build):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = one_line(error).partition(": ")[2]
-        raise RequestError(
-            f"{path}: not the weights of {request.name}: {reason[:200]}; if you changed its head "
-            "or stem, give --model_name MODULE:FUNCTION --weights FILE"
-        ) from None
+        reason = one_line(error).partition(": ")[2][:200]
+        hint = "if you changed its head or stem, give --model_name MODULE:FUNCTION --weights FILE"
+        raise RequestError(f"{path}: not the weights of {request.name}: {reason}; {hint}") from None
     for key, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise RequestError(f"{path}: {key} isn't a tensor of finite numbers")
@@ -464,7 +420,7 @@ def load_weights(request, build):
 def run_forward(model, batch):
     """What the network returns for a tensor (batch, 3, height, width).
 
-    What its code raises is the cause of a RequestError, which prints it with its traceback.
+    If its code fails, its traceback is printed, and RequestError raised.
     """
     import torch
 
@@ -472,11 +428,10 @@ def run_forward(model, batch):
         with torch.no_grad():
             return model(batch)
     except (Exception, SystemExit) as error:
+        traceback.print_exc()
         height, width = batch.shape[2:]
-        raise RequestError(
-            f"the network can't take a {width}x{height} picture, {type(error).__name__}; if it "
-            "wants another size, give --frame_size"
-        ) from error
+        problem = f"the network can't take a {width}x{height} picture, {type(error).__name__}"
+        raise RequestError(f"{problem}; if it wants another size, give --frame_size") from None
 
 
 def run_pytorch(model, blob, memory_format=None):
@@ -492,9 +447,7 @@ def run_pytorch(model, blob, memory_format=None):
     shape = tuple(getattr(logits, "shape", ()))
     if len(shape) != 2 or shape[0] != len(blob) or not shape[1] or logits.dtype != torch.float32:
         found = f"{logits.dtype} of shape {shape}" if shape else type(logits).__name__
-        raise RequestError(
-            f"not a classifier: forward returns {found}, not a float32 tensor of shape (batch, "
-            "classes); give a MODULE:FUNCTION that wraps it in a module whose forward returns the "
-            "logits"
-        )
+        problem = f"forward returns {found}, not a float32 tensor of shape (batch, classes)"
+        hint = "wrap it in a module that returns the logits, and give MODULE:FUNCTION"
+        raise RequestError(f"not a classifier: {problem}; {hint}")
     return logits.numpy()

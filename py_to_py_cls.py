@@ -23,29 +23,28 @@ from pathlib import Path
 
 from classification import (
     ENGINES,
-    RANDOM,
+    SAVED_PICTURES,
     ZOO_NAME,
     OneLineParser,
     RequestError,
     available,
     fit_labels,
     get_blob,
-    get_digest,
     parse_bool,
     read_lines,
     read_picture,
     run,
 )
-from common import Preprocessing, find_bundled, read_tutorial, write_entry
-from conversion import convert, find_converted, get_made_from
+from common import Preprocessing, find_bundled, get_digest, read_tutorial, write_entry
+from conversion import convert, find_converted
 from evaluation import (
+    RANK,
     check_evaluation,
     evaluate,
     first_process_first,
-    get_data,
-    get_rank,
     join_processes,
 )
+from labelled_pictures import get_data
 from networks import Request, get_torchvision_names, get_torchvision_weights, load_network
 from test_config import RESULTS_DIR, TestClsConfig, TestClsModuleConfig
 from verify import get_references
@@ -74,34 +73,30 @@ def get_parser():
     yes_no = {"type": parse_bool, "metavar": "BOOL"}
     add("--model_name", type=model_name, metavar="NAME",
         help=f"the network: {', '.join(MODELS)}; any other of --list_models; or MODULE:FUNCTION, "
-        "a function that returns an nn.Module, in a file in the current folder or an installed "
-        "package")
+        "a function that returns an nn.Module, in the current folder or an installed package")
     add("--list_models", action="store_true",
         help="print torchvision's classifiers, their input size and their published accuracy")
     add("--test", default=False, **yes_no,
         help="test mode: run classification.py on the converted network and one picture")
     add("--evaluate", **yes_no,
         help="evaluation mode: accuracy, inference time and L1 of both networks over labelled "
-        "pictures, the bundled ones if you have no others (default: True, but False with --test "
-        "True)")
+        "pictures, the bundled ones if you have no others (default: the opposite of --test)")
     add("--weights", default="", metavar="W",
-        help="the name of torchvision's weights (IMAGENET1K_V1, DEFAULT ...), a checkpoint file "
-        "with any number of classes, or 'random' (default: torchvision's first for the network, "
-        "IMAGENET1K_V1 for almost all; for MODULE:FUNCTION, the ones it returns)")
+        help="the name of torchvision's weights (IMAGENET1K_V1, DEFAULT ...), a checkpoint file, "
+        "or 'random' (default: torchvision's first, or those that MODULE:FUNCTION returns)")
     add("--weights_key", metavar="KEY",
-        help="which of several state dicts in a checkpoint file, model_ema for instance (default: "
-        "the first that fits)")
+        help="which state dict in a checkpoint file, model_ema for instance (default: the first "
+        "that fits)")
     add("--allow_branches", default=False, **yes_no,
         help="convert a network even if it may branch on the values of its input (default: False)")
     add("--default_img_preprocess", default=True, **yes_no,
         help="test mode: prepare the picture as the network wants it (True), or as "
         "TestClsModuleConfig says (False); options win over both (default: True)")
     add("--preprocess", choices=["tutorial", "torchvision"], default="tutorial",
-        help="evaluation mode: the centre of the resized picture, or torchvision's transforms of "
-        "the weights, which its published accuracy was measured with (default: tutorial)")
+        help="evaluation mode: the centre of the resized picture, or torchvision's transforms, "
+        "which its published accuracy was measured with (default: tutorial)")
     add("--engine", choices=list(available(ENGINES)), default="auto",
-        help="evaluation mode: OpenCV's inference engine; auto takes the fastest correct one "
-        "(default: auto)")
+        help="evaluation mode: OpenCV's engine (default: auto, the fastest correct one)")
     add("--resume", default=True, **yes_no,
         help="evaluation mode: resume where the same command was interrupted (default: True)")
     add_config(parser, TestClsConfig, "evaluation mode: TestClsConfig in test_config.py")
@@ -124,13 +119,32 @@ def add_config(parser, config_class, title, description=None):
 
 
 def get_args():
-    """The command line; --evaluate is the opposite of --test if it isn't given."""
-    parser = get_parser()
-    args = parser.parse_args()
-    if args.model_name is None and not args.list_models:
-        parser.error("the following arguments are required: --model_name")
+    """The command line, with args.request.
+
+    Raises RequestError for options that have no effect, or don't go together.
+    """
+    args = get_parser().parse_args()
+    if args.list_models:
+        return args
+    if args.model_name is None:
+        raise RequestError("--model_name is missing (see --help)")
     if args.evaluate is None:
         args.evaluate = not args.test
+    width, height = args.frame_width or args.frame_size, args.frame_height or args.frame_size
+    args.request = Request(args.model_name, args.weights, args.weights_key or "", width, height)
+    theirs = "scale mean std bgr_to_rgb frame_size frame_width frame_height rsz_width rsz_height"
+    for names, unused, where in (
+        ("crop rgb", args.evaluate and not args.test, "on an evaluation"),
+        ("weights_key", not args.request.is_file, "without --weights FILE"),
+        (theirs, args.preprocess == "torchvision", "with --preprocess torchvision"),
+    ):
+        for name in names.split():
+            if unused and getattr(args, name) is not None:
+                raise RequestError(f"--{name} has no effect {where}; leave it out")
+    if (args.rsz_width is None) != (args.rsz_height is None):
+        raise RequestError("--rsz_width and --rsz_height go together")
+    if args.evaluate and args.frame_width != args.frame_height:
+        raise RequestError("an evaluation takes square frames: give --frame_size instead")
     return args
 
 
@@ -152,28 +166,6 @@ def get_module_config(args):
             path = os.path.join(args.cls_test_data_dir, os.path.basename(path))
         setattr(config, name, find_bundled(path))
     return config
-
-
-def get_request(args):
-    """The Request of the command line."""
-    width, height = args.frame_width or args.frame_size, args.frame_height or args.frame_size
-    return Request(args.model_name, args.weights, args.weights_key or "", width, height)
-
-
-def check_options(args):
-    """Raise RequestError for options that have no effect, or don't go together."""
-    only_evaluated = args.evaluate and not args.test
-    for name, unused, where in (
-        ("crop", only_evaluated, "on an evaluation"),
-        ("rgb", only_evaluated, "on an evaluation"),
-        ("weights_key", not get_request(args).is_file, "without --weights FILE"),
-    ):
-        if unused and getattr(args, name) is not None:
-            raise RequestError(f"--{name} has no effect {where}; leave it out")
-    if (args.rsz_width is None) != (args.rsz_height is None):
-        raise RequestError("--rsz_width and --rsz_height go together")
-    if args.evaluate and args.frame_width != args.frame_height:
-        raise RequestError("an evaluation takes square frames: give --frame_size instead")
 
 
 def list_models():
@@ -201,7 +193,7 @@ def get_entry_options(args, module_config):
     return {
         "as_network_wants": as_network_wants,
         "given": get_given(args if as_network_wants else module_config),
-        "classes": get_digest(module_config.classes, "sha256"),
+        "classes": get_digest(module_config.classes),
     }
 
 
@@ -220,10 +212,10 @@ def get_converted(args, module_config, picture, data):
     which is None then. An evaluation takes any entry of the file, and changes none; if it has to
     convert, the entry gets the network's own preprocessing.
     """
-    request, options = get_request(args), get_entry_options(args, module_config)
-    if not args.evaluate and (converted := find_converted(request, options)):
+    options = get_entry_options(args, module_config)
+    if not args.evaluate and (converted := find_converted(args.request, options)):
         return None, converted
-    network = load_network(request, or_random=data is None or data.bundled)
+    network = load_network(args.request, or_random=data is None or data.bundled)
     if not args.test and network.declared:
         options["given"] = {}
     preprocessing = get_preprocessing(network, options["given"], options["as_network_wants"])
@@ -238,29 +230,25 @@ def get_converted(args, module_config, picture, data):
         labels = fit_labels(read_lines(module_config.classes), args.classes, outputs)
         print_assumptions(network, options["given"], labels and not args.classes)
         converted = convert(network, references, args.allow_branches)
-        made_from = get_made_from(network.request, options)
-        write_entry(converted, preprocessing, module_config.classes if labels else None, made_from)
+        write_entry(converted, preprocessing, module_config.classes if labels else None, options)
     return network, converted
 
 
 def print_assumptions(network, given, imagenets_labels):
     """Say on stderr what nobody has said about the network."""
+    name, options = network.request.name, "--frame_size, --scale, --mean, --std and --rsz_*"
     if not network.declared and not given.keys() & {"scale", "mean", "std"}:
-        print(
-            f"NOTE: {network.name} declares no preprocessing: assuming torchvision's ImageNet "
-            "preprocessing; --frame_size, --scale, --mean, --std and --rsz_* change it",
-            file=sys.stderr,
-        )
-    if imagenets_labels and not network.published and network.weights != RANDOM:
-        print(
-            f"NOTE: assuming that {network.name}'s classes are ImageNet's; --classes names others"
-        )
+        note = f"{name} declares no preprocessing: assuming ImageNet's; {options} change it"
+        print(f"NOTE: {note}", file=sys.stderr)
+    if imagenets_labels and not network.published and not network.request.is_random:
+        print(f"NOTE: assuming that {name}'s classes are ImageNet's; --classes names others")
 
 
 def run_test_module(converted, module_config):
     """Run classification.py on the converted network, as you would; return its exit code."""
     picture, name = Path(module_config.input_img), converted.path.stem
-    result = f"{picture.stem}_{name}_{module_config.test_module_name}{picture.suffix}"
+    suffix = picture.suffix if picture.suffix.lower() in SAVED_PICTURES else SAVED_PICTURES[0]
+    result = f"{picture.stem}_{name}_{module_config.test_module_name}{suffix}"
     command = [sys.executable, module_config.test_module_path, name]
     command += ["--zoo", str(converted.path.with_name(ZOO_NAME)), "--input", str(picture)]
     command += ["--output", os.path.join(RESULTS_DIR, result)]
@@ -274,7 +262,6 @@ def main():
     args = get_args()
     if args.list_models:
         return list_models()
-    check_options(args)
     config, module_config = fill_config(TestClsConfig, args), get_module_config(args)
     if args.test and not Path(module_config.test_module_path).is_file():
         raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")
@@ -287,7 +274,7 @@ def main():
     with first_process_first():
         network, converted = get_converted(args, module_config, picture, data)
     code = 0
-    if args.test and get_rank() == 0:
+    if args.test and RANK == 0:
         code = run_test_module(converted, module_config)
     if args.evaluate:
         preprocessing = get_preprocessing(network, get_given(args))

@@ -13,7 +13,6 @@ import cv2
 import numpy as np
 
 from classification import (
-    RANDOM,
     RANDOM_SUFFIX,
     RANDOM_WARNING,
     OneLineParser,
@@ -113,7 +112,7 @@ def main():
 
     # models.resnet50(weights="IMAGENET1K_V1").eval(), or with random weights if you are offline
     network = load_network(Request("resnet50", args.weights))
-    random = network.weights == RANDOM
+    random = network.request.is_random
 
     name = "py_to_py_resnet50" + (RANDOM_SUFFIX if random else "")
     with whole_file(Path(MODELS_DIR) / f"{name}.onnx") as part:  # renamed only if they agree

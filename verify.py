@@ -22,8 +22,8 @@ from common import SEED, NetworksDisagree
 from networks import run_pytorch
 
 # Networks disagree if max|a - b| / max|a| is above this. For scale: all of torchvision's
-# classifiers, with random weights, stay below 1e-5 on the new engine of OpenCV 5.0.0 and below
-# 2e-5 on the classic one (RESULTS.md).
+# classifiers, with random weights, stay below 2e-5 on the new engine of OpenCV 5.0.0, and all but
+# regnet_y_800mf (6e-5) on the classic one (RESULTS.md).
 MAX_RELATIVE_ERROR = 1e-4
 
 
@@ -53,13 +53,9 @@ def compare(reference, output):
     """Difference of OpenCV's `output` to PyTorch's `reference`, both (batch, classes)."""
     relative = get_relative_error(reference, output)
     difference = np.abs(reference.astype(np.float64) - output)
-    return Difference(
-        l1=float(difference.mean()),
-        l_inf=float(difference.max()),
-        relative=relative,
-        same_class=int((reference.argmax(axis=1) == output.argmax(axis=1)).sum()),
-        pictures=len(reference),
-    )
+    same_class = int((reference.argmax(axis=1) == output.argmax(axis=1)).sum())
+    l1, l_inf = float(difference.mean()), float(difference.max())
+    return Difference(l1, l_inf, relative, same_class, pictures=len(reference))
 
 
 def get_relative_error(reference, output):
@@ -112,13 +108,12 @@ def get_references(model, sample_blob):
     if not spread > MAX_RELATIVE_ERROR * np.abs(logits).max():
         raise RequestError(
             "PyTorch's own outputs are nan, inf, or the same for every picture, and prove nothing: "
-            "check the weights and the preprocessing, or try --weights random"
+            "check the weights and the preprocessing"
         )
     change = get_relative_error(references[0].logits, run_pytorch(model, sample_blob))
     if not change <= MAX_RELATIVE_ERROR:
         raise RequestError(
-            f"PyTorch's own answer to one picture changes from run to run, by {change:.1e}: the "
-            "network draws random numbers or counts; is dropout left on?"
+            f"PyTorch's own answer changes from run to run, by {change:.1e}: is dropout left on?"
         )
     return references
 

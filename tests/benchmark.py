@@ -47,9 +47,10 @@ VIDEO_LOOP = """
 import sys, cv2
 sys.path.insert(0, sys.argv[3])
 from types import SimpleNamespace
-from classification import TORCHVISION, get_blob, read_onnx
+from classification import ENGINES, TORCHVISION, available, get_blob
 preprocessing = SimpleNamespace(**TORCHVISION)
-net, capture = read_onnx(sys.argv[1], sys.argv[4]), cv2.VideoCapture(sys.argv[2])
+engine = available(ENGINES)[sys.argv[4]]
+net, capture = cv2.dnn.readNetFromONNX(sys.argv[1], engine), cv2.VideoCapture(sys.argv[2])
 read, frame = capture.read()
 while read:
     net.setInput(get_blob(frame, preprocessing))

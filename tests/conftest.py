@@ -203,7 +203,7 @@ def converted(weights, tmp_path_factory):
     """The folder models/ that `--weights trained.pth` leaves, without a run of the program."""
     from classification import get_blob, read_picture
     from common import write_entry
-    from conversion import convert, get_made_from
+    from conversion import convert
     from networks import Request, load_network
     from verify import get_references
 
@@ -215,8 +215,7 @@ def converted(weights, tmp_path_factory):
         names = PICTURES / "imagenet_classes.txt"
         options = {"given": {}, "as_network_wants": True}
         options["classes"] = hashlib.sha256(names.read_bytes()).hexdigest()
-        made_from = get_made_from(network.request, options)
-        write_entry(converted, network.preprocessing, names, made_from)
+        write_entry(converted, network.preprocessing, names, options)
         return converted.path.absolute().parent
 
 

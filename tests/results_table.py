@@ -105,7 +105,7 @@ def measure(name):
     model, size = network.model, network.preprocessing.width
     blob = get_blob(read_picture(PICTURE), network.preprocessing)
     references = get_references(model, blob)
-    record = {"network": name, "member": network.name.rpartition(":")[2], "input": size}
+    record = {"network": name, "member": network.request.name.rpartition(":")[2], "input": size}
     record["date"] = str(datetime.date.today())
     record |= {
         "versions": get_versions(),

@@ -231,8 +231,14 @@ def test_output_that_cannot_be_written(run, model, folder):
     check_nothing_written(folder, "results")
     options = ["--input", model, KOALA, "--output"]
     for name in ("a.xyz", "a.pgm", "a.mp4"):
-        check_one_line(run("classification.py", *options, name), name, "format; try .png")
+        check_one_line(
+            run("classification.py", *options, name), name, "a picture needs .png or .jpg"
+        )
     check_one_line(run("classification.py", *options, "/dev/full/a.png"), "/dev/full")
+    cv2.imwrite(str(folder / "wide.png"), np.zeros((1, 70000, 3), np.uint8))  # JPEG ends at 65535
+    options = ["--input", model, "wide.png", "--output", "wide.jpg"]
+    check_one_line(run("classification.py", *options), "wide.jpg", "try .png")
+    assert not (folder / "wide.jpg").exists()
 
 
 # --- py_to_py_cls.py: before torch is imported ----------------------------------------------
@@ -357,5 +363,5 @@ def test_options_without_effect_are_refused(run, folder, options, name):
 def test_options_that_contradict_torchvisions_transforms(run, folder, option):
     options = ["--weights", "random", "--preprocess", "torchvision", *option.split()]
     result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options)
-    check_one_line(result, "leave out the options that say otherwise")
+    check_one_line(result, "has no effect with --preprocess torchvision")
     check_nothing_written(folder)

@@ -30,7 +30,8 @@ TORCHVISION += " --crop --rgb --initial_width 256 --initial_height 256"
 @pytest.mark.parametrize("options", ["", TORCHVISION, TORCHVISION + " --width 224 --height 224"])
 def test_answer_is_pytorchs(run, model, small, get_logits, options):
     expected = get_logits(small, KOALA, centre_crop=False)
-    result = run("classification.py", "--input", KOALA, model, *options.split())
+    labels = ["--classes", PICTURES / "imagenet_classes.txt"]
+    result = run("classification.py", "--input", KOALA, model, *labels, *options.split())
     assert result.returncode == 0, result.stderr
     class_id, confidence = read_answer(result.stdout)
     assert class_id == expected.argmax()

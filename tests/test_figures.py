@@ -135,7 +135,7 @@ def test_a_skipped_picture_shifts_no_label(tmp_path):
     def name_value(blob):
         return np.eye(10, dtype=np.float32)[blob[:, 0, 0, 0].astype(int)]
 
-    batches, running = [rows[:3], rows[3:]], tmp_path / "running.csv"
+    batches, running = [rows[:3], rows[3:]], tmp_path / "running"
     interrupted = evaluation.run_batches(
         batches,
         tmp_path,
@@ -145,7 +145,7 @@ def test_a_skipped_picture_shifts_no_label(tmp_path):
         running,
     )
     assert not interrupted
-    found = evaluation.collect_rows([running], batches)
+    found = [row for batch in evaluation.read_batches(running).values() for row in batch]
     assert [row.label for row in found] == values
     assert [row.pytorch_class for row in found] == [3, None, 4, 5, 9]
     assert [row.opencv_rank for row in found] == [1, None, 1, 1, 1]
@@ -165,15 +165,8 @@ def test_the_limit_of_a_finished_evaluation():
 
 
 @pytest.mark.parametrize("fastest", ["new", "classic"])
-def test_the_fastest_engine_is_taken(monkeypatch, clock, tmp_path, fastest):
-    """In an evaluation, and by the verification."""
-
-    def run_opencv(net, blob):
-        clock.now += 1 if net == fastest else 2
-
-    monkeypatch.setattr(evaluation, "read_onnx", lambda path, engine: engine)
-    monkeypatch.setattr(evaluation, "run_opencv", run_opencv)
-    monkeypatch.setattr(verify, "time", clock)  # of time_pass
+def test_the_fastest_engine_is_taken(monkeypatch, tmp_path, fastest):
+    """By the verification, and by an evaluation, which takes the first of its list."""
     right = Difference(0.0, 0.0, 0.0, 1, 1)
     monkeypatch.setattr(
         verify, "verify_engine", lambda path, engine, _: ([right], 1 if engine == fastest else 2)
@@ -181,12 +174,12 @@ def test_the_fastest_engine_is_taken(monkeypatch, clock, tmp_path, fastest):
     engines, failures = verify.verify(tmp_path / "x.onnx", [("picture", None, None)])
     assert engines[0] == fastest and len(engines) == 2 and not failures
 
-    both = conversion.Converted(tmp_path / "x.onnx", ["classic", "new"], 10, {}, "")
-    assert evaluation.choose_engine(both, (50, 3, 2, 2), "auto") == fastest
-    assert evaluation.choose_engine(both, (50, 3, 2, 2), "new") == "new"
-    both.engines.remove("new")
+    converted = conversion.Converted(tmp_path / "x.onnx", engines, 10, {}, "")
+    assert evaluation.choose_engine(converted, "auto") == fastest
+    assert evaluation.choose_engine(converted, "new") == "new"
+    converted.engines.remove("new")
     with pytest.raises(RequestError, match="--engine new"):
-        evaluation.choose_engine(both, (50, 3, 2, 2), "new")
+        evaluation.choose_engine(converted, "new")
 
 
 @pytest.mark.parametrize(
