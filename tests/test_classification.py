@@ -454,7 +454,11 @@ def in_window(folder, env, model, display):
                     return False
             return process.poll() is None
 
-        window = xdotool("search", "--sync", "--onlyvisible", "--name", classification.WINDOW)[0]
+        search = ("search", "--sync", "--onlyvisible", "--name", classification.WINDOW)
+        # xdotool gives up if the probe's window goes while it looks
+        while not (found := xdotool(*search)):
+            assert process.poll() is None, process.stderr.read().decode()
+        window = found[0]
         return SimpleNamespace(
             process=process,
             read_until=read_until,
