@@ -30,7 +30,6 @@ import numpy as np
 BUNDLED_PICTURE = Path(__file__).resolve().parent / "test_data" / "cls" / "red_panda.jpg"
 
 ZOO_NAME = "models.yml"
-ZOO_PATHS = (os.path.join("models", ZOO_NAME), ZOO_NAME)  # in this folder, or beside this file
 ZOO_SAMPLE = "classification"  # what OpenCV's samples call the entries that are for this one
 
 # What torchvision's ImageNet networks expect, with pixel values from 0 to 255:
@@ -49,13 +48,13 @@ RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".webm")
-SAVED_PICTURES, SAVED_VIDEOS = (".png", ".jpg", ".jpeg"), (".mp4", ".avi")  # of results
+SAVED_PICTURES = (".png", ".jpg", ".jpeg")  # of results
+SAVED_VIDEOS = {".mp4": "mp4v", ".avi": "MJPG"}  # and their codecs
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 LEAST_ZOOM = 0.45  # the font scale at which capitals are 9 px high: nobody can read smaller ones
 WINDOW = "Classification with OpenCV DNN"
 KEYS = "keys in the window: q or Esc ends the program, space pauses, any other key goes on"
-QUIT, SPACE = (ord("q"), ord("Q"), 27), ord(" ")
 # OpenCV 5.0.0's Qt returns these, too, if they are pressed alone, and has X11's codes for them:
 # Shift, Control, Caps Lock, Alt and the like; AltGr; Num Lock.
 MODIFIERS = (*range(0xFFE1, 0xFFEF), 0xFE03, 0xFF7F)
@@ -68,7 +67,9 @@ NAMES = {"inference_engine": "openvino", "myriad": "ncs2_vpu", "hddl": "hddl_vpu
 class RequestError(Exception):
     """The request can't be met. The message is the one line that the user reads."""
 
-    exit_code = 2
+    def __init__(self, message, exit_code=2):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -112,7 +113,7 @@ def report(error):
         print(f"{Path(sys.argv[0]).name}: error: {source}{one_line(error)}", file=sys.stderr)
     else:  # of your own code, or a fault of ours
         traceback.print_exception(error)
-    return getattr(error, "exit_code", RequestError.exit_code)
+    return getattr(error, "exit_code", 2)
 
 
 def one_line(error):
@@ -231,33 +232,32 @@ def find_entry(alias, zoo, model=None):
 
     (Path(), "", {}) if a model file has no entry. Raises RequestError if an alias has none.
     """
-    folders = (Path(), Path(__file__).resolve().parent)
-    paths = [folder / path for folder in folders for path in ZOO_PATHS]
+    beside = Path(__file__).resolve().parent
+    paths = [f / ZOO_NAME for f in (Path("models"), Path(), beside / "models", beside)]
     if zoo or not alias:
         paths = [Path(zoo or Path(model).with_name(ZOO_NAME))]
     names = []
     for path in filter(Path.is_file, paths):
         for name, entry in read_zoo(path).items():
-            if isinstance(entry, dict) and entry.get("sample") == ZOO_SAMPLE:
+            if entry.get("sample") == ZOO_SAMPLE:
                 names.append(name)
                 if name == alias or (not alias and entry.get("model") == Path(model).name):
                     return path, name, entry
     if not alias:
         return Path(), "", {}
     known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
-    searched = ", ".join(dict.fromkeys(os.path.normpath(path) for path in paths))
+    searched = ", ".join(dict.fromkeys(map(os.path.normpath, paths)))
     raise RequestError(f"no entry '{alias}' in {searched}: {known} (pictures go after --input)")
 
 
 def get_options(entry, folder):
     """What an entry says, as if it were typed: ["--width=224", ...]. folder: the entry's."""
     options = []
-    for key in [*TORCHVISION, "engine"] if available(ENGINES) else TORCHVISION:
-        value = entry.get(key, "")
+    for key, value in entry.items():
         if key in ("mean", "std") and isinstance(value, list):
             # argparse would take -1e-05 for an option, but nothing that begins with a space
             options += [f"--{key}", *(f" {v}" for v in value)] if value else []
-        elif value != "":
+        elif key in TORCHVISION or (key == "engine" and available(ENGINES)):
             options.append(f"--{key}={value}")
     if labels := entry.get("labels", entry.get("classes")):
         options.append(f"--classes={find_file(labels, entry, folder)}")
@@ -283,12 +283,11 @@ def read_zoo(path):
     try:
         storage = cv2.FileStorage(check_name(str(path)), cv2.FILE_STORAGE_READ)
         entries = read_node(storage.root())  # which is empty if nothing holds the storage
-    # SystemError: from the constructor, in OpenCV 4.10 to 5.0; ValueError: texts that aren't UTF-8
-    except (cv2.error, SystemError, ValueError):
-        entries = None
-    if not isinstance(entries, dict):
-        raise RequestError(f"{path}: OpenCV can't read this as YAML; repair or delete it")
-    return entries
+        return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
+    # SystemError: from the constructor, in OpenCV 4.10 to 5.0; ValueError: texts that aren't UTF-8;
+    # AttributeError: a list, or nothing
+    except (cv2.error, SystemError, ValueError, AttributeError):
+        raise RequestError(f"{path}: OpenCV can't read this as YAML; repair or delete it") from None
 
 
 def read_node(node):
@@ -303,23 +302,20 @@ def read_node(node):
 
 
 def expand_sources(names):
-    """[(name, "picture", "video" or "camera")]; a folder stands for its pictures, by name."""
-    found = []
+    """Yield (name, "picture", "video" or "camera"); a folder stands for its pictures, by name."""
     for name in names:
         if os.path.isdir(name):
-            files = sorted(os.path.join(name, file) for file in os.listdir(name))
-            pictures = [(file, "picture") for file in files if file.lower().endswith(PICTURES)]
-            if not pictures:
+            files = [file for file in os.listdir(name) if file.lower().endswith(PICTURES)]
+            if not files:
                 raise RequestError(f"{name}: no picture in this folder")
-            found += pictures
+            yield from ((os.path.join(name, file), "picture") for file in sorted(files))
         elif os.path.isfile(name):
-            found.append((name, "video" if name.lower().endswith(VIDEOS) else "picture"))
+            yield name, "video" if name.lower().endswith(VIDEOS) else "picture"
         elif name.isdecimal() and not os.path.exists(name):
-            found.append((name, "camera"))
+            yield name, "camera"
         else:
             problem = "a pipe: save it as a file" if os.path.exists(name) else "no such file"
             raise RequestError(f"{name}: {problem}; give a picture, a video or a folder")
-    return found
 
 
 def check_name(name):
@@ -348,9 +344,7 @@ def read_frames(name, kind):
         raise RequestError(f"{kind} {name}: no frame can be read (truncated? not connected?)")
     promised = capture.get(cv2.CAP_PROP_FRAME_COUNT)  # of some files, an estimate
     if number < 0.99 * promised - 1:
-        error = RequestError(f"{name}: truncated: {number} of {promised:.0f} frames can be read")
-        error.exit_code = 1
-        raise error
+        raise RequestError(f"{name}: truncated: {number} of {promised:.0f} frames can be read", 1)
 
 
 def read_picture(path):
@@ -405,9 +399,8 @@ def read_net(args, entry):
         net = cv2.dnn.readNet(args.model, config, "", *engine)
     except cv2.error as error:
         raise RequestError(f"{args.model}: truncated, or not ONNX: {one_line(error)}") from None
-    if not on_cpu:
-        net.setPreferableBackend(backend)
-        net.setPreferableTarget(target)
+    net.setPreferableBackend(backend)
+    net.setPreferableTarget(target)
     return net
 
 
@@ -476,24 +469,18 @@ def annotate(picture, lines):
     If there are too many, the last, the inference time, goes first; the others are counted.
     """
     height, width = picture.shape[:2]
-    zoom = max(min(width / 900, height / (30 * (len(lines) + 0.5))), LEAST_ZOOM)
+    zoom = max(min(width / 900, height / (30 * len(lines))), LEAST_ZOOM)
     step, thickness = int(30 * zoom), max(1, round(1.5 * zoom))
-    room = int(height / step - 0.5)
+    room = height // step
     if len(lines) > room:
         kept = max(1, room - 1)
         lines = [*lines[:kept], f"... and {len(lines) - 1 - kept} more"][:room]
-
-    def measure(line):  # as it is drawn: OpenCV 5.0's letters get wider with their thickness
-        return cv2.getTextSize(line, FONT, zoom, thickness)[0][0] + step
-
-    for row, line in enumerate(lines):
-        while line and measure(line) > width:
+    for bottom, line in zip(range(step, height + 1, step), lines, strict=False):
+        # measured as it is drawn: OpenCV 5.0.0's letters get wider with their thickness
+        while (end := cv2.getTextSize(line, FONT, zoom, thickness)[0][0] + step) > width and line:
             line = f"{line[:-4]}..." if len(line) > 4 else ""
-        lines[row] = line
-    longest = max(map(measure, lines), default=0)
-    picture[: len(lines) * step + step // 2, :longest] //= 4  # dark behind the text
-    for row, line in enumerate(lines, 1):
-        origin = (step // 2, row * step)
+        picture[bottom - step : bottom, :end] //= 4  # dark behind the text
+        origin = (step // 2, bottom - step // 4)
         cv2.putText(picture, line, origin, FONT, zoom, (0, 255, 0), thickness, cv2.LINE_AA)
 
 
@@ -517,7 +504,7 @@ def get_output_paths(sources, args, window):
         raise RequestError(f"--output {output}: {len(sources)} inputs need a folder, not a file")
     paths, taken = [], {os.path.realpath(name).lower() for name, _ in sources}
     for number, (name, kind) in enumerate(sources, 1):
-        path, suffixes = Path(output), SAVED_PICTURES if kind == "picture" else SAVED_VIDEOS
+        path, suffixes = Path(output), SAVED_PICTURES if kind == "picture" else (*SAVED_VIDEOS,)
         if is_folder:
             suffix = Path(name).suffix if name.lower().endswith(suffixes) else suffixes[0]
             path /= f"{Path(name).stem}_{Path(args.model).stem}{suffix}"
@@ -533,21 +520,11 @@ def get_output_paths(sources, args, window):
     return paths
 
 
-def open_video(path, frame, rate):
-    """cv2.VideoWriter for frames like `frame`, `rate` a second."""
-    fourcc = cv2.VideoWriter_fourcc(*("MJPG" if path.suffix.lower() == ".avi" else "mp4v"))
-    writer = cv2.VideoWriter(str(path), fourcc, rate, frame.shape[1::-1])
-    if not writer.isOpened():
-        raise RequestError(f"{path}: OpenCV can't write this video")
-    return writer
-
-
 def has_display():
     """Whether a window can be shown. A child process tries, because without a display Qt aborts it
     (OpenCV 5.0.0, exit 134; https://github.com/opencv/opencv/issues/13682) instead of raising.
     """
-    displays = os.environ.get("DISPLAY"), os.environ.get("WAYLAND_DISPLAY")
-    if sys.platform.startswith("linux") and not any(displays):
+    if sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
         return False
     probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
     try:
@@ -571,9 +548,9 @@ def show(picture, seconds):
             closed = cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1
         except cv2.error:  # OpenCV 5.0.0's Qt, once its only window is closed
             closed = True
-        if closed or code in QUIT:
+        if closed or code in (ord("q"), ord("Q"), 27):  # 27: Esc
             return True
-        if code == SPACE and end < np.inf:
+        if code == ord(" ") and end < np.inf:
             end = seconds = np.inf
         elif (key >= 0 and code not in MODIFIERS) or time.monotonic() >= end:
             return False
@@ -587,40 +564,39 @@ def classify(source, output, net, args, seconds):
     """
     last, writer = None, None
     warning = [RANDOM_WARNING] if args.random else []
-    try:
-        for title, picture, rate in read_frames(*source):
-            logits, ms = forward(net, get_blob(picture, args))
-            names = fit_labels(args.labels, args.classes, len(logits))
-            texts, lines = zip(*get_answers(logits, names, args.top_k), strict=True)
-            if last != logits.argmax():
-                texts = [f"{title}:", *texts, *(f"* {text}" for text in warning)]
-                print(*texts, f"* inference time: {ms:.1f} ms", sep="\n", flush=True)
-            last = logits.argmax()
-            picture = picture if rate else fit(picture, (640, 480), max)  # room for the text
-            annotate(picture, [*warning, *lines, f"Inference time: {ms:.1f} ms"])
-            if output:
-                output.parent.mkdir(parents=True, exist_ok=True)
-            if output and rate:
-                writer = writer or open_video(output, picture, rate)
-                writer.write(picture)
-            elif output:
-                encoded, data = cv2.imencode(output.suffix, picture)  # imwrite hides what fails
-                if not encoded:
-                    raise RequestError(f"{output}: OpenCV can't write this picture; try .png")
-                output.write_bytes(data)
-                print(f"* saved: {output}", flush=True)
-            if seconds and show(picture, 0 if rate else seconds):
-                return True
-    finally:  # also after Ctrl-C
-        if writer:
-            writer.release()
+    for title, picture, rate in read_frames(*source):
+        logits, ms = forward(net, get_blob(picture, args))
+        names = fit_labels(args.labels, args.classes, len(logits))
+        texts, lines = zip(*get_answers(logits, names, args.top_k), strict=True)
+        if logits.argmax() != last:
+            texts = [f"{title}:", *texts, *(f"* {text}" for text in warning)]
+            print(*texts, f"* inference time: {ms:.1f} ms", sep="\n", flush=True)
+        picture = picture if rate else fit(picture, (640, 480), max)  # room for the text
+        annotate(picture, [*warning, *lines, f"Inference time: {ms:.1f} ms"])
+        if output and last is None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        if output and rate:  # the writer completes the file when it is deleted, also after Ctrl-C
+            fourcc = cv2.VideoWriter_fourcc(*SAVED_VIDEOS[output.suffix.lower()])
+            writer = writer or cv2.VideoWriter(str(output), fourcc, rate, picture.shape[1::-1])
+            if not writer.isOpened():
+                raise RequestError(f"{output}: OpenCV can't write this video")
+            writer.write(picture)
+        elif output:
+            encoded, data = cv2.imencode(output.suffix, picture)  # imwrite hides what fails
+            if not encoded:
+                raise RequestError(f"{output}: OpenCV can't write this picture; try .png")
+            output.write_bytes(data)
+        if output and last is None:
             print(f"* saved: {output}", flush=True)
+        last = logits.argmax()
+        if seconds and show(picture, 0 if rate else seconds):
+            return True
     return False
 
 
 def main():
     args, entry = get_args()
-    sources, window = expand_sources(args.input), has_display()
+    sources, window = list(expand_sources(args.input)), has_display()
     outputs = get_output_paths(sources, args, window)
     args.labels = read_lines(args.classes) if args.classes else []
     args.random = entry.get("weights") == RANDOM or Path(args.model).stem.endswith(RANDOM_SUFFIX)
