@@ -37,13 +37,12 @@ from classification import (
     available,
     fit_labels,
     get_blob,
-    read_lines,
     read_picture,
 )
-from common import NetworksDisagree, find_bundled, get_hash, whole_file
+from common import NetworksDisagree, get_hash, whole_file
 from labelled_pictures import MAX_SKIPPED
 from networks import run_pytorch
-from test_config import LOGS_DIR, TestClsModuleConfig
+from test_config import LOGS_DIR
 from verify import MAX_RELATIVE_ERROR, Difference, run_opencv
 
 # The prefixes of their columns in the table, and their names.
@@ -54,12 +53,6 @@ PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK
 
 ROLL_CALL = 10  # batches between checks that all processes are alive
 SHOWN = 10  # pictures that the summary lists; the table has all
-
-
-class TooManySkipped(RequestError):
-    """Too many pictures can't be read: the figures are those of another set."""
-
-    exit_code = 1
 
 
 class Row(NamedTuple):
@@ -97,19 +90,11 @@ def check_evaluation(network, preprocessing, data, outputs, args):
         if class_id >= classes:
             problem = f"{name} has class ID {class_id}"
             raise RequestError(f"{problem}, but the network's classes are 0 to {classes - 1}")
-    get_class_names(data, outputs, args)
+    fit_labels(data.names, args.classes, classes)
     if p.initial_width < p.width or p.initial_height < p.height:
         raise RequestError(f"--rsz_width or --rsz_height is less than --frame_size {p.width}")
     if args.preprocess == "torchvision" and network.transforms is None:
         raise RequestError("--preprocess torchvision is for torchvision's networks: leave it out")
-
-
-def get_class_names(data, outputs, args):
-    """The names of the classes: --classes, the folders', or ImageNet's; [] if none fit."""
-    if data.folders and not args.classes:
-        return data.folders
-    path = args.classes or find_bundled(TestClsModuleConfig.classes)
-    return fit_labels(read_lines(path), args.classes, max(outputs, 2))
 
 
 def get_centre_blob(picture, preprocessing):
@@ -377,7 +362,7 @@ def draw_wrong(table, root, describe, title, path):
         figure.savefig(part, dpi=100)
 
 
-def write_results(name, rows, figures, about, class_names):
+def write_results(name, rows, figures, about, names):
     """The table, log, JSON, chart and contact sheet in LOGS_DIR; the summary is printed as well."""
     ends = ("pictures.csv", "log.txt", "summary.json", "time.png", "wrong.png")
     paths = [Path(LOGS_DIR) / f"{name}_{end}" for end in ends]
@@ -386,7 +371,7 @@ def write_results(name, rows, figures, about, class_names):
     title = f"{name}, {'RANDOM' if weights == RANDOM else weights} weights"
 
     def describe(class_id):
-        return class_names.get(class_id, f"class {class_id}").partition(",")[0]
+        return names[class_id].partition(",")[0] if names else f"class {class_id}"
 
     table, lines = get_table(rows), get_summary(title, figures, about, describe)
     # backslashreplace: the name of a file may have bytes that aren't UTF-8
@@ -445,8 +430,8 @@ def evaluate(network, converted, preprocessing, data, config, args):
     """Run both networks over the pictures and write the results.
 
     Resumes a stopped run with the same key. Raises NetworksDisagree if the networks do,
-    TooManySkipped if too many pictures can't be read, and on Ctrl-C KeyboardInterrupt, after
-    writing the results so far as partial.
+    RequestError if too many pictures can't be read, and on Ctrl-C KeyboardInterrupt, after writing
+    the results so far as partial.
     """
     import torch
 
@@ -484,7 +469,7 @@ def evaluate(network, converted, preprocessing, data, config, args):
         about = key | {"processes": PROCESSES, "published": network.published}
         about["threads"] = {"PyTorch": torch.get_num_threads(), "OpenCV": cv2.getNumThreads()}
         about["seconds"] = seconds  # of this process's loop, since its last start
-        names = dict(enumerate(get_class_names(data, converted.outputs, args)))
+        names = fit_labels(data.names, args.classes, max(converted.outputs, 2))
         write_results(f"{name}_partial" if interrupted else name, rows, figures, about, names)
     if interrupted:
         raise KeyboardInterrupt
@@ -540,11 +525,11 @@ def run_batches(batches, root, networks, make_blob, buffer, folder):
 
 
 def check_figures(figures):
-    """Raise if the finished evaluation failed: NetworksDisagree or TooManySkipped."""
+    """Raise NetworksDisagree, or RequestError if the figures are those of another set."""
     difference = Difference(**figures["difference"])
     # "not <=" and not ">", which would let nan pass. A tie that falls the other way isn't a fault.
     if not difference.relative <= MAX_RELATIVE_ERROR:
         raise NetworksDisagree(f"PyTorch and OpenCV disagree on these pictures: {difference}")
     skipped = len(figures["skipped"])
     if skipped > MAX_SKIPPED * figures["pictures"]:
-        raise TooManySkipped(f"{skipped} of {figures['pictures']} pictures can't be read")
+        raise RequestError(f"{skipped} of {figures['pictures']} pictures can't be read", 1)

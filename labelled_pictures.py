@@ -17,21 +17,23 @@ class Data:
 
     pictures: list  # (path from the root, class ID)
     root: str  # their folder
+    names: list  # of the classes: the lines of --classes, the folders', or ImageNet's
     bundled: bool = False  # whether they come with this project
     folders: list = ()  # the names of the class folders, if their order makes them classes 0, 1 ...
 
 
-def get_data(config, named_root, named_labels, class_names):
+def get_data(config, args, names):
     """The Data of a TestClsConfig, from class folders or a label file.
 
-    named_root, named_labels: whether the user named the folder, the label file; if neither, the
-    bundled pictures stand in for the tutorial's folder. class_names: lines of --classes, or None.
+    args: what the user gave; if neither folder nor label file, the bundled pictures stand in for
+    the tutorial's folder. names: the lines of --classes, or ImageNet's.
     """
-    root = config.img_root_dir
-    if not named_root and not named_labels and not Path(root).exists():
+    root, named_labels = config.img_root_dir, args.img_cls_file is not None
+    if args.img_root_dir is None and not named_labels and not Path(root).exists():
         root = find_bundled(CLS_TEST_DATA_DIR)
         print(f"no {IMAGENET_VAL_DIR} here: evaluating on the bundled pictures")
-        return Data(read_val_file(os.path.join(root, "val.txt"), root), root, bundled=True)
+        pictures = read_val_file(os.path.join(root, "val.txt"), root)
+        return Data(pictures, root, names, bundled=True)
     if not Path(root).is_dir():
         raise RequestError(f"--img_root_dir {root}: no such folder")
     folders = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
@@ -39,13 +41,15 @@ def get_data(config, named_root, named_labels, class_names):
     if not any(found):
         if not named_labels and not os.path.isfile(config.img_cls_file):
             raise RequestError(f"{root}: no pictures in folders, and no {config.img_cls_file}")
-        return Data(read_val_file(config.img_cls_file, root), root)
-    named = get_class_ids(folders, class_names)
+        return Data(read_val_file(config.img_cls_file, root), root, names)
+    named = get_class_ids(folders, names if args.classes else [])
     class_ids = named or range(len(folders))  # check_evaluation wants all classes then
-    pictures = [(name, c) for c, names in zip(class_ids, found, strict=True) for name in names]
+    pictures = [(name, c) for c, files in zip(class_ids, found, strict=True) for name in files]
     ends = [f"folder {folders[i]} is class {class_ids[i]}" for i in (0, -1)]
     print(f"{root}: {len(pictures)} pictures in {len(folders)} classes: {', ..., '.join(ends)}")
-    return Data(pictures, root, folders=() if named else folders)
+    if named:
+        return Data(pictures, root, names)
+    return Data(pictures, root, names if args.classes else folders, folders=folders)
 
 
 def find_pictures(root, name):
@@ -55,11 +59,11 @@ def find_pictures(root, name):
     return [str(path) for path in pictures if not any(part[0] == "." for part in path.parts)]
 
 
-def get_class_ids(folders, class_names):
+def get_class_ids(folders, names):
     """The class IDs if all folders are named by numbers, or lines (first words) of --classes."""
     if all(name.isascii() and name.isdecimal() for name in folders):
         return [int(name) for name in folders]
-    lines = [line.strip() for line in class_names or []]
+    lines = [line.strip() for line in names]
     for known in (lines, [line.partition(" ")[0] for line in lines]):
         if all(known.count(name) == 1 for name in folders):
             return [known.index(name) for name in folders]

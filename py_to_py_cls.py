@@ -197,15 +197,7 @@ def get_entry_options(args, module_config):
     }
 
 
-def get_preprocessing(network, given, as_network_wants=True):
-    """The network's Preprocessing with what is given; or what is given, at the network's size."""
-    own = network.preprocessing
-    if as_network_wants:
-        return replace(own, **given)
-    return Preprocessing(**given, width=own.width, height=own.height)
-
-
-def get_converted(args, module_config, picture, data):
+def get_converted(args, module_config, picture, names, data):
     """(Network, Converted): the file that was converted before, or a new one with its entry.
 
     A test is met by an entry that was written for the same options, mostly without the Network,
@@ -218,17 +210,20 @@ def get_converted(args, module_config, picture, data):
     network = load_network(args.request, or_random=data is None or data.bundled)
     if not args.test and network.declared:
         options["given"] = {}
-    preprocessing = get_preprocessing(network, options["given"], options["as_network_wants"])
+    own, given = network.preprocessing, options["given"]
+    preprocessing = replace(own, **given)
+    if not options["as_network_wants"]:
+        preprocessing = Preprocessing(**given, width=own.width, height=own.height)
     # again, because only now is known that a download failed, or that a size is the network's own
     converted = find_converted(network.request, options if args.test else None)
     if converted is None:
         references = get_references(network.model, get_blob(picture, preprocessing))
     outputs = converted.outputs if converted else references[0].logits.shape[1]
     if args.evaluate:
-        check_evaluation(network, get_preprocessing(network, get_given(args)), data, outputs, args)
+        check_evaluation(network, replace(own, **get_given(args)), data, outputs, args)
     if converted is None:
-        labels = fit_labels(read_lines(module_config.classes), args.classes, outputs)
-        print_assumptions(network, options["given"], labels and not args.classes)
+        labels = fit_labels(names, args.classes, outputs)
+        print_assumptions(network, given, labels and not args.classes)
         converted = convert(network, references, args.allow_branches)
         write_entry(converted, preprocessing, module_config.classes if labels else None, options)
     return network, converted
@@ -268,16 +263,15 @@ def main():
     picture, names = read_picture(module_config.input_img), read_lines(module_config.classes)
     data = None
     if args.evaluate:
-        given = args.img_root_dir is not None, args.img_cls_file is not None
-        data = get_data(config, *given, names if args.classes else None)
+        data = get_data(config, args, names)
     join_processes()  # torchrun's
     with first_process_first():
-        network, converted = get_converted(args, module_config, picture, data)
+        network, converted = get_converted(args, module_config, picture, names, data)
     code = 0
     if args.test and RANK == 0:
         code = run_test_module(converted, module_config)
     if args.evaluate:
-        preprocessing = get_preprocessing(network, get_given(args))
+        preprocessing = replace(network.preprocessing, **get_given(args))
         evaluate(network, converted, preprocessing, data, config, args)
     return code
 

@@ -318,7 +318,12 @@ def get_pictures(folder, names, config=None, named_labels=False, class_names=Non
         (folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "set" / name).touch()
     config = TestClsConfig(img_root_dir=str(folder / "set"), **(config or {}))
-    return get_data(config, True, named_labels, class_names)
+    given = SimpleNamespace(
+        img_root_dir=config.img_root_dir,
+        img_cls_file=config.img_cls_file if named_labels else None,
+        classes="names.txt" if class_names else None,
+    )
+    return get_data(config, given, class_names or [])
 
 
 def check(data, outputs=1000, preprocess="tutorial", network=None, preprocessing=None, **given):
