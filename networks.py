@@ -84,7 +84,7 @@ def load_network(request, or_random=True):
         print("loading PyTorch ...", flush=True)
     network = load_own(request) if request.is_own else load_torchvisions(request, or_random)
     own = network.preprocessing
-    network.preprocessing = set_size(own, request.width, request.height)
+    network.preprocessing = scale_frame(own, request.width, request.height)
     if network.preprocessing == own:  # the same file as without the size
         network.request = replace(network.request, width=None, height=None)
     # before any forward pass: timm's LeViT, for one, keeps what it computes from its weights
@@ -290,7 +290,9 @@ def adapt_preprocessing(mean, std, width, height, resize):
     mean, std: for pixels from 0 to 1. resize: the size before the crop, over the size after it.
     """
     mean = tuple(float(f"{255 * value:g}") for value in mean)
-    return set_size(replace(IMAGENET, mean=mean, std=tuple(std)), width, height, resize)
+    initial = {"initial_width": int(width * resize + 1e-6)}
+    initial["initial_height"] = int(height * resize + 1e-6)
+    return replace(IMAGENET, mean=mean, std=tuple(std), width=width, height=height, **initial)
 
 
 def read_transforms(transforms):
@@ -326,25 +328,18 @@ def read_own_preprocessing(name, model):
         size = size.get("shortest_edge") or (size["height"], size["width"])
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     if not about:
-        return set_size(IMAGENET, width, height), False
+        return scale_frame(IMAGENET, width, height), False
     print(f"{name}: preprocessing from {path}")
     return adapt_preprocessing(about["image_mean"], about["image_std"], width, height, 1), True
 
 
-def set_size(preprocessing, width, height, resize=None):
-    """The same preprocessing for pictures of another width and height, px; None: as it is.
-
-    resize: the size before the crop, over the size after it; None: as it is.
-    """
+def scale_frame(preprocessing, width, height):
+    """The same preprocessing for pictures of another width and height, px; None: as it is."""
     p = preprocessing
-    width, height, resize = (
-        width or p.width,
-        height or p.height,
-        resize or p.initial_width / p.width,
-    )
-    initial_width, initial_height = (int(size * resize + 1e-6) for size in (width, height))
-    sizes = {"initial_width": initial_width, "initial_height": initial_height}
-    return replace(p, width=width, height=height, **sizes)
+    sizes = {"width": width or p.width, "height": height or p.height}
+    sizes["initial_width"] = p.initial_width * sizes["width"] // p.width
+    sizes["initial_height"] = p.initial_height * sizes["height"] // p.height
+    return replace(p, **sizes)
 
 
 def calibrate(model, width, height):

@@ -650,7 +650,7 @@ def test_the_key_of_an_evaluation(folder):
     own, _ = read_own_preprocessing("a", None)
 
     def key(label=105, preprocessing=own):
-        data = Data([("koala.jpg", label)], str(folder))
+        data = Data([("koala.jpg", label)], str(folder), [])
         return get_key(network, converted, preprocessing, data, config, args)
 
     before = key()

@@ -17,7 +17,7 @@ import conversion
 from classification import RequestError
 from common import NetworksDisagree, Preprocessing
 from conversion import convert
-from networks import Request, load_network, run_pytorch, set_size
+from networks import Request, load_network, run_pytorch, scale_frame
 from py_to_py_cls import model_name
 from verify import get_references, verify
 
@@ -362,7 +362,7 @@ def test_preprocessing_that_a_network_carries(
 )
 def test_the_frame_size_scales_the_resize(own, width, height, expected):
     """Of both sides alike. The network's own size isn't one that the file is named after."""
-    assert sizes(set_size(IMAGENET, width, height)) == expected
+    assert sizes(scale_frame(IMAGENET, width, height)) == expected
     network = own(width=width, height=height)
     assert sizes(network.preprocessing) == expected
     named = (network.request.width, network.request.height)
