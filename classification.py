@@ -210,9 +210,9 @@ def get_args():
         problem = "more than one" if models else "no"
         raise RequestError(f"{problem} model: name one .onnx file, --input MODEL.onnx PICTURE")
     zoo, name, entry = find_entry(args.alias, args.zoo, *models)
-    for given in (vars(args), entry):
+    for given, where in ((vars(args), ""), (entry, f"{zoo}: {name}: ")):
         if (given.get("initial_width") is None) != (given.get("initial_height") is None):
-            raise RequestError("initial_width and initial_height go together")
+            raise RequestError(f"{where}--initial_width and --initial_height go together")
     if not (entry or args.scale or args.mean or args.std):
         parser.set_defaults(**TORCHVISION)
     options = get_options(entry, zoo.parent)

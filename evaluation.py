@@ -20,7 +20,7 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ from classification import (
 )
 from common import NetworksDisagree, get_hash, whole_file
 from labelled_pictures import MAX_SKIPPED
-from networks import run_pytorch
+from networks import read_transforms, run_pytorch
 from test_config import LOGS_DIR
 from verify import MAX_RELATIVE_ERROR, Difference, run_opencv
 
@@ -95,6 +95,13 @@ def check_evaluation(network, preprocessing, data, outputs, args):
         raise RequestError(f"--rsz_width or --rsz_height is less than --frame_size {p.width}")
     if args.preprocess == "torchvision" and network.transforms is None:
         raise RequestError("--preprocess torchvision is for torchvision's networks: leave it out")
+    if args.preprocess == "torchvision":
+        theirs = read_transforms(network.transforms)
+        same = [np.allclose(*pair) for pair in zip(astuple(p), astuple(theirs), strict=True)]
+        if not all(same) or args.bgr_to_rgb is False:
+            problem = f"cuts out {theirs.width} pixels, in RGB, with the weights' mean and std"
+            hint = "leave out the options that say otherwise"
+            raise RequestError(f"--preprocess torchvision {problem}: {hint}")
 
 
 def get_centre_blob(picture, preprocessing):

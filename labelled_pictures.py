@@ -73,14 +73,16 @@ def get_class_ids(folders, names):
 def read_val_file(path, root):
     """[(name of a picture, class ID)] from a file like ImageNet's val.txt: lines of "name ID"."""
     lines = [(number, line) for number, line in enumerate(read_lines(path), 1) if line.strip()]
-    found = {}  # {name: class ID}
+    found = {}  # {name: (class ID, number of its line)}
     for number, line in lines:
         *name, label = line.rsplit(maxsplit=1)
         if not name or not (label.isascii() and label.isdecimal() and len(label) < 10):
             raise RequestError(f"{path}, line {number}: '{line[:60]}' is not 'name class-ID'")
         name = os.path.normpath(name[0])
-        if found.setdefault(name, int(label)) != int(label):
-            raise RequestError(f"{path}, line {number}: {name} is class {found[name]} before")
+        other, first = found.setdefault(name, (int(label), number))
+        if other != int(label):
+            problem = f"{name} is class {other} in line {first}, and {int(label)} in line {number}"
+            raise RequestError(f"{path}: {problem}")
     if len(found) < len(lines):
         print(f"NOTE: {path}: {len(lines) - len(found)} lines repeat others, and count once")
     if not found:
@@ -89,4 +91,4 @@ def read_val_file(path, root):
     if len(missing) > MAX_SKIPPED * len(found):
         problem = f"of {len(found)} pictures, {len(missing)} don't exist in {root}: {missing[0]}"
         raise RequestError(f"{path}: {problem}; it takes lines of 'name class-ID'")
-    return list(found.items())
+    return [(name, label) for name, (label, _) in found.items()]

@@ -132,11 +132,9 @@ def get_args():
         args.evaluate = not args.test
     width, height = args.frame_width or args.frame_size, args.frame_height or args.frame_size
     args.request = Request(args.model_name, args.weights, args.weights_key or "", width, height)
-    theirs = "scale mean std bgr_to_rgb frame_size frame_width frame_height rsz_width rsz_height"
     for names, unused, where in (
         ("crop rgb", args.evaluate and not args.test, "on an evaluation"),
         ("weights_key", not args.request.is_file, "without --weights FILE"),
-        (theirs, args.preprocess == "torchvision", "with --preprocess torchvision"),
     ):
         for name in names.split():
             if unused and getattr(args, name) is not None:

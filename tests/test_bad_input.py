@@ -363,5 +363,5 @@ def test_options_without_effect_are_refused(run, folder, options, name):
 def test_options_that_contradict_torchvisions_transforms(run, folder, option):
     options = ["--weights", "random", "--preprocess", "torchvision", *option.split()]
     result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options)
-    check_one_line(result, "has no effect with --preprocess torchvision")
+    check_one_line(result, "leave out the options that say otherwise")
     check_nothing_written(folder)

@@ -423,7 +423,7 @@ def test_repeated_and_conflicting_labels(folder, capsys):
     assert data.pictures == [("a.jpg", 3), ("b.jpg", 4)]
     assert "1 lines repeat others" in capsys.readouterr().out
     labels.write_text("a.jpg 3\nb.jpg 4\n\n./a.jpg 5\n")
-    with pytest.raises(RequestError, match="line 4: a.jpg is class 3 before"):
+    with pytest.raises(RequestError, match="a.jpg is class 3 in line 1, and 5 in line 4"):
         get_pictures(folder, [], config, named_labels=True)
 
 
@@ -453,7 +453,8 @@ def test_a_few_pictures_that_do_not_exist(folder):
     assert len(data.pictures) == 100
 
 
-def test_sizes_and_networks_that_cannot_be_evaluated(folder):
+def test_options_that_contradict_the_transforms(folder):
+    """--preprocess torchvision takes options that say what it does anyhow, and no others."""
     from dataclasses import replace
 
     from torchvision import models
@@ -463,7 +464,15 @@ def test_sizes_and_networks_that_cannot_be_evaluated(folder):
 
     data = get_pictures(folder, ["1/a.jpg"])
     own = read_transforms(models.ResNet50_Weights.IMAGENET1K_V1.transforms())
-    check(data, preprocess="torchvision")
+    check(data, preprocess="torchvision", preprocessing=replace(own, scale=0.00392157))
+    check(data, preprocess="torchvision", bgr_to_rgb=True)
+    changes = [{"scale": 1.0}, {"mean": (0.0, 0.0, 0.0)}, {"std": (1.0, 1.0, 1.0)}]
+    changes += [{"initial_width": 300}, {"width": 192, "height": 192}]
+    for change in changes:
+        with pytest.raises(RequestError, match="224 pixels, in RGB"):
+            check(data, preprocess="torchvision", preprocessing=replace(own, **change))
+    with pytest.raises(RequestError, match="in RGB"):
+        check(data, preprocess="torchvision", bgr_to_rgb=False)
     network = SimpleNamespace(transforms=None, preprocessing=own)
     with pytest.raises(RequestError, match="torchvision's networks"):
         check(data, preprocess="torchvision", network=network)
