@@ -196,15 +196,14 @@ def get_parser():
 
 
 def get_args():
-    """(the options, the entry of models.yml or {}).
+    """The options; args.entry is the entry of models.yml, or {}, and args.input what to classify.
 
     The command line is parsed once to find the entry, and again behind the entry's options, over
-    which it wins. Then args.model is the model's file, and args.input what to classify.
+    which it wins.
     """
     parser = get_parser()
     args = parser.parse_args()
     models = [item for item in args.input if item.lower().endswith(".onnx")]
-    sources = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
     models += [args.model] if args.model else []
     if len(models) > 1 or not (models or args.alias):
         problem = "more than one" if models else "no"
@@ -221,10 +220,12 @@ def get_args():
     except RequestError as error:
         raise RequestError(f"{zoo}: {name}: {error}") from None
     args = parser.parse_args(options + sys.argv[1:])
-    args.scale, args.mean, args.input = args.scale or 1.0, args.mean or [0.0] * 3, sources
+    args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
+    args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
     args.model = models[0] if models else find_file(entry.get("model", ""), entry, zoo.parent)
-    args.classes = args.classes and find_file(args.classes, entry)
-    return args, entry
+    args.labels = read_lines(find_file(args.classes, entry)) if args.classes else []
+    args.random = entry.get("weights") == RANDOM or Path(args.model).stem.endswith(RANDOM_SUFFIX)
+    return args
 
 
 def find_entry(alias, zoo, model=None):
@@ -380,7 +381,7 @@ def fit_labels(labels, path, classes):
     return labels if len(labels) == classes else []
 
 
-def read_net(args, entry):
+def read_net(args):
     """cv2.dnn.Net of the model file, on the engine, backend and target of the command line."""
     backend, target = available(BACKENDS)[args.backend], available(TARGETS)[args.target]
     if target not in cv2.dnn.getAvailableTargets(backend):  # OpenCV would silently use the CPU
@@ -388,13 +389,13 @@ def read_net(args, entry):
     if not os.path.isfile(check_name(args.model)):
         raise RequestError(f"{args.model}: no such file; give a converted model (.onnx)")
     # only our own: OpenCV's entry of googlenet, for instance, has the hash of an empty file
-    if "made_from" in entry and get_load_info(args.model) != entry.get("load_info"):
+    if "made_from" in args.entry and get_load_info(args.model) != args.entry.get("load_info"):
         raise RequestError(f"{args.model}: its SHA-1 isn't the one in {ZOO_NAME}; convert it again")
     on_cpu = (args.backend, args.target) == ("default", "cpu")
     engines = available(ENGINES)
     engine = [engines[args.engine if on_cpu else "classic"]] if engines else []
-    config = entry.get("config", "")  # of Caffe, in OpenCV 4.10's models.yml
-    config = config and find_file(config, entry, Path(args.model).parent)
+    config = args.entry.get("config", "")  # of Caffe, in OpenCV 4.10's models.yml
+    config = config and find_file(config, args.entry, Path(args.model).parent)
     try:
         net = cv2.dnn.readNet(args.model, config, "", *engine)
     except cv2.error as error:
@@ -595,12 +596,10 @@ def classify(source, output, net, args, seconds):
 
 
 def main():
-    args, entry = get_args()
+    args = get_args()
     sources, window = list(expand_sources(args.input)), has_display()
     outputs = get_output_paths(sources, args, window)
-    args.labels = read_lines(args.classes) if args.classes else []
-    args.random = entry.get("weights") == RANDOM or Path(args.model).stem.endswith(RANDOM_SUFFIX)
-    net = read_net(args, entry)
+    net = read_net(args)
     print("preprocessing:", ", ".join(f"{key} {getattr(args, key)}" for key in TORCHVISION))
     if window:
         print(KEYS)
