@@ -126,16 +126,14 @@ class Preprocessing:
 
 
 # What test_config.py and default_preprocess_config.py call some fields of Preprocessing.
-TUTORIAL_NAMES = {
-    "frame_width": "width",
-    "frame_height": "height",
-    "rsz_width": "initial_width",
-    "rsz_height": "initial_height",
-}
+TUTORIAL_NAMES = {"rsz_width": "initial_width", "rsz_height": "initial_height"}
 
 
 def read_tutorial(values):
-    """{field: value} of Preprocessing from the tutorial's {name: value}; None is left out."""
+    """{field: value} of Preprocessing from the tutorial's {name: value}; None is left out.
+
+    So is the frame's size, of which a network is made: it's in networks.Request.
+    """
     named = {TUTORIAL_NAMES.get(name, name): value for name, value in values.items()}
     return {
         name: tuple(value) if isinstance(value, list) else value

@@ -37,25 +37,11 @@ from classification import (
 )
 from common import Preprocessing, find_bundled, get_digest, read_tutorial, write_entry
 from conversion import convert, find_converted
-from evaluation import (
-    RANK,
-    check_evaluation,
-    evaluate,
-    first_process_first,
-    join_processes,
-)
+from evaluation import RANK, check_evaluation, evaluate, first_process_first, join_processes
 from labelled_pictures import get_data
 from networks import Request, get_torchvision_names, get_torchvision_weights, load_network
 from test_config import RESULTS_DIR, TestClsConfig, TestClsModuleConfig
 from verify import get_references
-
-# The tutorial's networks, for --help. torchvision's other classifiers work, too.
-MODELS = [
-    "alexnet", "vgg11", "vgg13", "vgg16", "vgg19",
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
-    "squeezenet1_0", "squeezenet1_1",
-    "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2",
-]  # fmt: skip
 
 
 def model_name(text):
@@ -72,7 +58,7 @@ def get_parser():
     add = parser.add_argument
     yes_no = {"type": parse_bool, "metavar": "BOOL"}
     add("--model_name", type=model_name, metavar="NAME",
-        help=f"the network: {', '.join(MODELS)}; any other of --list_models; or MODULE:FUNCTION, "
+        help="the network: one of --list_models, resnet50 for instance; or MODULE:FUNCTION, "
         "a function that returns an nn.Module, in the current folder or an installed package")
     add("--list_models", action="store_true",
         help="print torchvision's classifiers, their input size and their published accuracy")
@@ -179,22 +165,6 @@ def list_models():
     return 0
 
 
-def get_given(config):
-    """{field: value} of Preprocessing that a config or the command line has, but for the size."""
-    given = read_tutorial(vars(config))
-    return {name: value for name, value in given.items() if name not in ("width", "height")}
-
-
-def get_entry_options(args, module_config):
-    """What the entry of a converted file depends on, beside the network."""
-    as_network_wants = args.default_img_preprocess or not args.test
-    return {
-        "as_network_wants": as_network_wants,
-        "given": get_given(args if as_network_wants else module_config),
-        "classes": get_digest(module_config.classes),
-    }
-
-
 def get_converted(args, module_config, picture, names, data):
     """(Network, Converted): the file that was converted before, or a new one with its entry.
 
@@ -202,15 +172,19 @@ def get_converted(args, module_config, picture, names, data):
     which is None then. An evaluation takes any entry of the file, and changes none; if it has to
     convert, the entry gets the network's own preprocessing.
     """
-    options = get_entry_options(args, module_config)
+    as_network_wants = args.default_img_preprocess or not args.test
+    given = read_tutorial(vars(args if as_network_wants else module_config))
+    # what the entry depends on, beside the network
+    options = {"as_network_wants": as_network_wants, "given": given}
+    options["classes"] = get_digest(module_config.classes)
     if not args.evaluate and (converted := find_converted(args.request, options)):
         return None, converted
     network = load_network(args.request, or_random=data is None or data.bundled)
     if not args.test and network.declared:
-        options["given"] = {}
-    own, given = network.preprocessing, options["given"]
+        options["given"] = given = {}
+    own = network.preprocessing
     preprocessing = replace(own, **given)
-    if not options["as_network_wants"]:
+    if not as_network_wants:
         preprocessing = Preprocessing(**given, width=own.width, height=own.height)
     # again, because only now is known that a download failed, or that a size is the network's own
     converted = find_converted(network.request, options if args.test else None)
@@ -218,7 +192,8 @@ def get_converted(args, module_config, picture, names, data):
         references = get_references(network.model, get_blob(picture, preprocessing))
     outputs = converted.outputs if converted else references[0].logits.shape[1]
     if args.evaluate:
-        check_evaluation(network, replace(own, **get_given(args)), data, outputs, args)
+        evaluated = replace(own, **read_tutorial(vars(args)))
+        check_evaluation(network, evaluated, data, outputs, args)
     if converted is None:
         labels = fit_labels(names, args.classes, outputs)
         print_assumptions(network, given, labels and not args.classes)
@@ -269,7 +244,7 @@ def main():
     if args.test and RANK == 0:
         code = run_test_module(converted, module_config)
     if args.evaluate:
-        preprocessing = replace(network.preprocessing, **get_given(args))
+        preprocessing = replace(network.preprocessing, **read_tutorial(vars(args)))
         evaluate(network, converted, preprocessing, data, config, args)
     return code
 

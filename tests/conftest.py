@@ -22,6 +22,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "test_data" / "cls"
 sys.path.insert(0, str(ROOT))
+# The tutorial's networks.
+MODELS = [
+    "alexnet", "vgg11", "vgg13", "vgg16", "vgg19",
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "squeezenet1_0", "squeezenet1_1",
+    "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2",
+]  # fmt: skip
 # For this process's workers and the scripts: PyTorch's threads take no time from the other tests',
 # and glibc keeps the memory of large networks, which the kernel would clear again and again.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

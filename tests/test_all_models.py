@@ -15,11 +15,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, ROOT, read_answer
+from conftest import MODELS, PICTURES, ROOT, read_answer
 
 from classification import read_zoo
 from networks import Request, load_network
-from py_to_py_cls import MODELS
 
 KOALA = PICTURES / "koala.jpg"
 PACKAGES = [

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import cv2
 import pytest
-from conftest import PICTURES, ROOT, check_one_line, read_answer
+from conftest import MODELS, PICTURES, ROOT, check_one_line, read_answer
 
 from classification import read_zoo
 from common import Preprocessing, read_tutorial, write_entry
 from conversion import Converted
 from default_preprocess_config import pytorch_resize_input_blob
 from networks import get_torchvision_weights, read_transforms
-from py_to_py_cls import MODELS
 
 KOALA = PICTURES / "koala.jpg"
 CONVERT = ["--model_name", "squeezenet1_1", "--evaluate", "False"]
