@@ -357,6 +357,9 @@ def test_video_is_annotated_frame_by_frame(run, model, folder):
         assert picture[:20, :20].mean() < frame[:20, :20].mean() / 2
         assert np.abs(picture[-100:].astype(int) - frame[-100:]).mean() < 15
         assert np.abs(picture[-100:].astype(int) - other[-100:]).mean() > 30
+    (folder / "other" / "in_small.mp4").mkdir(parents=True)
+    result = run("classification.py", "--input", "in.mp4", model, "--output", "other")
+    check_one_line(result, "in_small.mp4", "can't write this video")
 
 
 @pytest.mark.parametrize("display", ["", ":77"])
