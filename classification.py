@@ -470,8 +470,8 @@ def annotate(picture, lines):
     If there are too many, the last, the inference time, goes first; the others are counted.
     """
     height, width = picture.shape[:2]
-    zoom = max(min(width / 900, height / (30 * len(lines))), LEAST_ZOOM)
-    step, thickness = int(30 * zoom), max(1, round(1.5 * zoom))
+    zoom = max(min(width / 900, height / (34 * len(lines))), LEAST_ZOOM)
+    step, thickness = int(34 * zoom), max(1, round(1.5 * zoom))
     room = height // step
     if len(lines) > room:
         kept = max(1, room - 1)
@@ -481,7 +481,7 @@ def annotate(picture, lines):
         while (end := cv2.getTextSize(line, FONT, zoom, thickness)[0][0] + step) > width and line:
             line = f"{line[:-4]}..." if len(line) > 4 else ""
         picture[bottom - step : bottom, :end] //= 4  # dark behind the text
-        origin = (step // 2, bottom - step // 4)
+        origin = (step // 2, bottom - round(0.28 * step))
         cv2.putText(picture, line, origin, FONT, zoom, (0, 255, 0), thickness, cv2.LINE_AA)
 
 
