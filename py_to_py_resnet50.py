@@ -92,17 +92,12 @@ def print_prediction(framework, out, imagenet_labels):
     print(f"* confidence: {out[0][class_id]:.4f}")  # the logit, not a probability
 
 
-# fmt: off
 def get_args():
-    parser = OneLineParser(__doc__, "[--input_img FILE] [--weights W]")
-    add = parser.add_argument
-    add("--input_img", default=find_bundled(TestClsModuleConfig().input_img), metavar="FILE",
-        help="the picture that both networks classify (default: %(default)s)")
-    add("--weights", default="IMAGENET1K_V1", metavar="W",
-        help="the name of torchvision's weights (IMAGENET1K_V1, IMAGENET1K_V2), a checkpoint file, "
-        "or 'random' (default: %(default)s)")
+    parser = OneLineParser(__doc__, "[--input_img FILE]")
+    default = find_bundled(TestClsModuleConfig().input_img)
+    text = "the picture that both networks classify (default: %(default)s)"
+    parser.add_argument("--input_img", default=default, metavar="FILE", help=text)
     return parser.parse_args()
-# fmt: on
 
 
 def main():
@@ -111,7 +106,7 @@ def main():
     imagenet_labels = get_imagenet_labels()
 
     # models.resnet50(weights="IMAGENET1K_V1").eval(), or with random weights if you are offline
-    network = load_network(Request("resnet50", args.weights))
+    network = load_network(Request("resnet50"))
     random = network.request.is_random
 
     name = "py_to_py_resnet50" + (RANDOM_SUFFIX if random else "")
