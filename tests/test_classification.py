@@ -18,8 +18,6 @@ import pytest
 from conftest import PICTURES, ROOT, check_one_line, read_answer
 
 import classification
-from common import Preprocessing, read_tutorial
-from default_preprocess_config import pytorch_resize_input_blob
 
 KOALA = PICTURES / "koala.jpg"
 LABELS = (PICTURES / "imagenet_classes.txt").read_text().splitlines()
@@ -193,13 +191,6 @@ def test_a_file_that_was_changed_is_refused(run, folder, model):
     # OpenCV's own entries have other hashes, googlenet's that of an empty file
     (folder / "models.yml").write_text(f"%YAML 1.0\n---\nnet:\n{entry}")
     assert run("classification.py", "net", "--input", KOALA).returncode == 0
-
-
-def test_preprocessing_is_that_of_the_other_scripts():
-    mine = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in classification.TORCHVISION.items()
-    }
-    assert Preprocessing(**read_tutorial(pytorch_resize_input_blob)) == Preprocessing(**mine)
 
 
 def test_one_bad_picture_of_several(run, model, folder):
