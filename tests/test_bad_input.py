@@ -306,12 +306,16 @@ def test_empty_option(run):
 # --- py_to_py_cls.py: torch needed -----------------------------------------------------------
 
 
-def test_class_id_out_of_range(run, folder, weights, converted):
+def test_classes_that_the_network_does_not_have(run, folder, weights, converted):
     (folder / "val.txt").write_text("koala.jpg 1000\n")
     options = ["--model_name", "squeezenet1_1", "--img_root_dir", PICTURES, "--weights", weights]
     shutil.copytree(converted, folder / "models")
     result = run("py_to_py_cls.py", *options)
     check_one_line(result, "koala.jpg", "1000", "999")
+    (folder / "val.txt").write_text("koala.jpg 1\n")
+    (folder / "few.txt").write_text("cat\ndog\n")
+    result = run("py_to_py_cls.py", *options, "--classes", "few.txt")
+    check_one_line(result, "few.txt", "2 lines", "1000 outputs")
     assert not (folder / "logs").exists()
 
 

@@ -252,6 +252,18 @@ def test_as_many_answers_as_fit(size, monkeypatch):
         )
 
 
+def test_a_line_that_is_cut_says_so(monkeypatch):
+    """Or "91.2 %" would be read as "9"."""
+    lines = []
+    monkeypatch.setattr(cv2, "putText", lambda picture, text, *args: lines.append(text))
+    text = "great white shark: 91.2 %"
+    for width in (320, 120, 60, 40):
+        classification.annotate(np.zeros((480, width, 3), np.uint8), [text])
+    assert lines[0] == text
+    for line in lines[1:]:
+        assert line.endswith("...") and text.startswith(line[:-3])
+
+
 def test_probability_is_softmax(run, model, small, get_logits):
     logits = get_logits(small, KOALA, centre_crop=False).astype(float)
     expected = 100 * np.exp(logits.max()) / np.exp(logits).sum()
