@@ -22,6 +22,7 @@ from conftest import PICTURES, ROOT, check_one_line
 from filelock import FileLock
 
 LABELLED = [line.split() for line in (PICTURES / "val.txt").read_text().splitlines()]
+IMAGENETS = (PICTURES / "imagenet_classes.txt").read_text().splitlines()
 CLS = str(ROOT / "py_to_py_cls.py")
 NAME = "squeezenet1_1-trained"
 RESULTS = ["log.txt", "pictures.csv", "summary.json", "time.png", "wrong.png"]
@@ -323,7 +324,7 @@ def get_pictures(folder, names, config=None, named_labels=False, class_names=Non
         img_cls_file=config.img_cls_file if named_labels else None,
         classes="names.txt" if class_names else None,
     )
-    return get_data(config, given, class_names or [])
+    return get_data(config, given, class_names or IMAGENETS)
 
 
 def check(data, outputs=1000, preprocess="tutorial", network=None, preprocessing=None, **given):
@@ -365,9 +366,17 @@ def test_other_class_folders_are_all_classes_or_refused(folder, names):
 
     data = get_pictures(folder, ["n0/a.jpg", "n1/b.jpg"], class_names=names)
     assert data.pictures == [("n0/a.jpg", 0), ("n1/b.jpg", 1)]
+    assert data.names == (names or ["n0", "n1"])
     check(data, outputs=2)
     with pytest.raises(RequestError, match="2 class folders for 1000 .* IDs .*--classes.*each"):
         check(data)
+
+
+def test_class_folders_that_are_called_like_imagenets_classes(folder):
+    """Without --classes nobody says that the network's classes are ImageNet's."""
+    assert {"bison", "fig"} < {*IMAGENETS}
+    data = get_pictures(folder, ["bison/a.jpg", "fig/b.jpg"])
+    assert data.pictures == [("bison/a.jpg", 0), ("fig/b.jpg", 1)]
 
 
 def test_class_folders_with_links_and_hidden_folders(folder, capsys):

@@ -305,6 +305,12 @@ def test_what_an_entry_depends_on(run, folder, converted_before, weights):
     assert read_zoo(zoo)["squeezenet1_1-96-trained"]["width"] == 96
     assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == 1
 
+    # an evaluation that has to convert writes what the network wants, whatever it tries itself
+    shutil.rmtree(folder / "models")
+    result = run("py_to_py_cls.py", *options, *trial, *data)
+    assert "exporting" in result.stdout and "top-1 accuracy" in result.stdout
+    assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == pytest.approx(1 / 255)
+
 
 def test_preprocessing_of_test_mode(run, converted_before, weights, squeezenet):
     """--default_img_preprocess False: TestClsModuleConfig; options win over both."""

@@ -92,7 +92,8 @@ def zoo(folder, model):
     path = folder / "zoo" / "models.yml"
     sha1 = hashlib.sha1(model.read_bytes()).hexdigest()
     path.write_text(
-        f'%YAML 1.0\n---\nnote: "not an entry"\nnet:\n  load_info:\n    sha1: "{sha1}"\n  model: "net.onnx"\n'
+        '%YAML 1.0\n---\nnote: "not an entry"\n'
+        f'net:\n  load_info:\n    sha1: "{sha1}"\n  model: "net.onnx"\n'
         "  mean: [104, 117, 123]\n  scale: 0.5\n  width: 192\n  height: 160\n  rgb: true\n"
         '  classes: "names.txt"\n  sample: "classification"\n'
         'face:\n  model: "face.onnx"\n  sample: "object_detection"\n'
