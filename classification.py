@@ -345,7 +345,8 @@ def read_frames(name, kind):
         raise RequestError(f"{kind} {name}: no frame can be read (truncated? not connected?)")
     promised = capture.get(cv2.CAP_PROP_FRAME_COUNT)  # of some files, an estimate
     if number < 0.99 * promised - 1:
-        raise RequestError(f"{name}: truncated: {number} of {promised:.0f} frames can be read", 1)
+        problem = f"truncated: {number} of {promised:.0f} frames can be read"
+        raise RequestError(f"{name}: {problem}", exit_code=1)
 
 
 def read_picture(path):
@@ -505,7 +506,7 @@ def get_output_paths(sources, args, window):
         raise RequestError(f"--output {output}: {len(sources)} inputs need a folder, not a file")
     paths, taken = [], {os.path.realpath(name).lower() for name, _ in sources}
     for number, (name, kind) in enumerate(sources, 1):
-        path, suffixes = Path(output), SAVED_PICTURES if kind == "picture" else (*SAVED_VIDEOS,)
+        path, suffixes = Path(output), SAVED_PICTURES if kind == "picture" else tuple(SAVED_VIDEOS)
         if is_folder:
             suffix = Path(name).suffix if name.lower().endswith(suffixes) else suffixes[0]
             path /= f"{Path(name).stem}_{Path(args.model).stem}{suffix}"

@@ -539,4 +539,5 @@ def check_figures(figures):
         raise NetworksDisagree(f"PyTorch and OpenCV disagree on these pictures: {difference}")
     skipped = len(figures["skipped"])
     if skipped > MAX_SKIPPED * figures["pictures"]:
-        raise RequestError(f"{skipped} of {figures['pictures']} pictures can't be read", 1)
+        problem = f"{skipped} of {figures['pictures']} pictures can't be read"
+        raise RequestError(problem, exit_code=1)
