@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import cv2
@@ -59,10 +58,6 @@ KEYS = "keys in the window: q or Esc ends the program, space pauses, any other k
 # Shift, Control, Caps Lock, Alt and the like; AltGr; Num Lock.
 MODIFIERS = (*range(0xFFE1, 0xFFEF), 0xFE03, 0xFF7F)
 
-# Prefixes of constants in cv2.dnn, and how OpenCV's samples call some of them.
-ENGINES, BACKENDS, TARGETS = "ENGINE_", "DNN_BACKEND_", "DNN_TARGET_"
-NAMES = {"inference_engine": "openvino", "myriad": "ncs2_vpu", "hddl": "hddl_vpu"}
-
 
 class RequestError(Exception):
     """The request can't be met. The message is the one line that the user reads."""
@@ -70,18 +65,6 @@ class RequestError(Exception):
     def __init__(self, message, exit_code=2):
         super().__init__(message)
         self.exit_code = exit_code
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse with one-line errors, a short usage line, and the docstring as its help."""
-
-    def __init__(self, docstring, usage):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=docstring, formatter_class=formatter, allow_abbrev=False)
-        self.usage = f"%(prog)s {usage}"
-
-    def error(self, message):
-        raise RequestError(f"{message} (see --help)")
 
 
 def run(main):
@@ -112,13 +95,34 @@ def report(error):
         source = f"OpenCV {cv2.__version__}: " if isinstance(error, cv2.error) else ""
         print(f"{Path(sys.argv[0]).name}: error: {source}{one_line(error)}", file=sys.stderr)
     else:  # of your own code, or a fault of ours
-        traceback.print_exception(error)
+        sys.excepthook(type(error), error, error.__traceback__)
     return getattr(error, "exit_code", 2)
 
 
 def one_line(error):
-    """The text of an error in one line; OpenCV's without its source file."""
+    """The text of an error in one line; OpenCV's without the place in its code."""
     return " ".join((getattr(error, "err", None) or str(error)).split())
+
+
+def get_constants(prefix, **names):
+    """{name: value} of the constants of cv2.dnn with this prefix. names: other ones for some."""
+    ends = sorted(key.removeprefix(prefix) for key in dir(cv2.dnn) if key.startswith(prefix))
+    return {names.get(end, end.lower()): getattr(cv2.dnn, prefix + end) for end in ends[::-1]}
+
+
+# What this build of OpenCV has, as its samples call it. OpenCV 4 has one engine, without a name.
+ENGINES = get_constants("ENGINE_")
+BACKENDS = get_constants("DNN_BACKEND_", INFERENCE_ENGINE="openvino")
+TARGETS = get_constants("DNN_TARGET_", MYRIAD="ncs2_vpu", HDDL="hddl_vpu")
+# OpenCV 5.0.0 names ENGINE_ORT in every build; without ONNX Runtime it warns and takes auto
+if not re.search("ONNX Runtime: +YES", cv2.getBuildInformation()):
+    ENGINES.pop("ort", None)
+
+
+def make_parser(docstring):
+    """An argparse parser with the docstring as its help; without a usage, an error is one line."""
+    how = {"usage": argparse.SUPPRESS, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    return argparse.ArgumentParser(description=docstring, allow_abbrev=False, **how)
 
 
 def parse_bool(text):
@@ -129,7 +133,7 @@ def parse_bool(text):
 
 
 def finite(text):
-    """A number that float32 can hold; with nan or inf every answer would be nan."""
+    """A number that float32 can hold: not nan or inf, which would make every answer nan."""
     if not abs(float(text)) <= np.finfo(np.float32).max:
         raise ValueError
     return float(text)
@@ -149,19 +153,9 @@ def positive_int(text):
     return int(text)
 
 
-def available(prefix):
-    """{name: constant} of the engines, backends or targets that this build of OpenCV has."""
-    ends = [name.removeprefix(prefix) for name in dir(cv2.dnn) if name.startswith(prefix)]
-    found = {end.lower(): getattr(cv2.dnn, prefix + end) for end in sorted(ends, reverse=True)}
-    # OpenCV 5.0.0 names ENGINE_ORT in every build; without ONNX Runtime it warns and takes auto
-    if not re.search("ONNX Runtime: +YES", cv2.getBuildInformation()):
-        found.pop("ort", None)
-    return {NAMES.get(name, name): constant for name, constant in found.items()}
-
-
 # fmt: off
 def get_parser():
-    parser = OneLineParser(__doc__, "[NAME] [--input FILE ...] [options]")
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("alias", nargs="?", metavar="NAME", help="entry of models.yml; options win over it")
     add("--zoo", metavar="FILE", help="the file with the entries [models/models.yml or models.yml]")
@@ -185,29 +179,23 @@ def get_parser():
     add("--initial_width", **size, help="resize the picture to this width first [no resize]")
     add("--initial_height", **size, help="resize the picture to this height first [no resize]")
     add = parser.add_argument_group("inference").add_argument
-    if available(ENGINES):  # OpenCV 4 has one, and no name for it
-        add("--engine", choices=list(available(ENGINES)), default="auto",
-            help="new is OpenCV 5's own, classic OpenCV 4's, ort ONNX Runtime [auto]")
-    add("--backend", choices=list(available(BACKENDS)), default="default",
+    add("--engine", choices=list(ENGINES), default="auto",
+        help="new is OpenCV 5's own, classic OpenCV 4's, ort ONNX Runtime [auto]")
+    add("--backend", choices=list(BACKENDS), default="default",
         help="another one than the default runs on the classic engine")
-    add("--target", choices=list(available(TARGETS)), default="cpu", help="the same [cpu]")
+    add("--target", choices=list(TARGETS), default="cpu", help="the same [cpu]")
     return parser
 # fmt: on
 
 
 def get_args():
-    """The options; args.entry is the entry of models.yml, or {}, and args.input what to classify.
-
-    The command line is parsed once to find the entry, and again behind the entry's options, over
-    which it wins.
-    """
+    """The options, over those of args.entry, of models.yml; args.input is what to classify."""
     parser = get_parser()
     args = parser.parse_args()
     models = [item for item in args.input if item.lower().endswith(".onnx")]
     models += [args.model] if args.model else []
     if len(models) > 1 or not (models or args.alias):
-        problem = "more than one" if models else "no"
-        raise RequestError(f"{problem} model: name one .onnx file, --input MODEL.onnx PICTURE")
+        raise RequestError(f"{len(models)} models: name one .onnx file, --input MODEL.onnx PICTURE")
     zoo, name, entry = find_entry(args.alias, args.zoo, *models)
     for given, where in ((vars(args), ""), (entry, f"{zoo}: {name}: ")):
         if (given.get("initial_width") is None) != (given.get("initial_height") is None):
@@ -215,10 +203,8 @@ def get_args():
     if not (entry or args.scale or args.mean or args.std):
         parser.set_defaults(**TORCHVISION)
     options = get_options(entry, zoo.parent)
-    try:
-        parser.parse_args(options)
-    except RequestError as error:
-        raise RequestError(f"{zoo}: {name}: {error}") from None
+    parser.prog = f"{zoo}: {name}"  # only its options can still be wrong
+    parser.parse_args(options)  # alone, or a mean of two numbers would take NAME for its third
     args = parser.parse_args(options + sys.argv[1:])
     args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
     args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
@@ -229,10 +215,7 @@ def get_args():
 
 
 def find_entry(alias, zoo, model=None):
-    """(path of the models.yml, name, entry) of the alias, else of the model file.
-
-    (Path(), "", {}) if a model file has no entry. Raises RequestError if an alias has none.
-    """
+    """(path of the models.yml, name, entry) of the alias; else of the model file, or of none."""
     beside = Path(__file__).resolve().parent
     paths = [f / ZOO_NAME for f in (Path("models"), Path(), beside / "models", beside)]
     if zoo or not alias:
@@ -240,10 +223,9 @@ def find_entry(alias, zoo, model=None):
     names = []
     for path in filter(Path.is_file, paths):
         for name, entry in read_zoo(path).items():
-            if entry.get("sample") == ZOO_SAMPLE:
-                names.append(name)
-                if name == alias or (not alias and entry.get("model") == Path(model).name):
-                    return path, name, entry
+            if alias == name or (not alias and entry.get("model") == Path(model).name):
+                return path, name, entry
+            names.append(name)
     if not alias:
         return Path(), "", {}
     known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
@@ -258,7 +240,7 @@ def get_options(entry, folder):
         if key in ("mean", "std") and isinstance(value, list):
             # argparse would take -1e-05 for an option, but nothing that begins with a space
             options += [f"--{key}", *(f" {v}" for v in value)] if value else []
-        elif key in TORCHVISION or (key == "engine" and available(ENGINES)):
+        elif key in TORCHVISION or (key == "engine" and ENGINES):
             options.append(f"--{key}={value}")
     if labels := entry.get("labels", entry.get("classes")):
         options.append(f"--classes={find_file(labels, entry, folder)}")
@@ -280,15 +262,15 @@ def find_file(name, entry, folder=""):
 
 
 def read_zoo(path):
-    """{name: entry} of a models.yml; an entry is a dictionary as well."""
+    """{name: entry} of a models.yml, of the entries for this sample; each is a dictionary."""
     try:
         storage = cv2.FileStorage(check_name(str(path)), cv2.FILE_STORAGE_READ)
-        entries = read_node(storage.root())  # which is empty if nothing holds the storage
-        return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
+        entries = read_node(storage.root()).items()  # empty if nothing holds the storage
     # SystemError: from the constructor, in OpenCV 4.10 to 5.0; ValueError: texts that aren't UTF-8;
     # AttributeError: a list, or nothing
     except (cv2.error, SystemError, ValueError, AttributeError):
         raise RequestError(f"{path}: OpenCV can't read this as YAML; repair or delete it") from None
+    return {n: e for n, e in entries if isinstance(e, dict) and e.get("sample") == ZOO_SAMPLE}
 
 
 def read_node(node):
@@ -300,6 +282,21 @@ def read_node(node):
     if node.isString():
         return node.string()
     return {name: read_node(node.getNode(name)) for name in node.keys()}  # noqa: SIM118
+
+
+def check_name(name):
+    """The file name. cv2 5.0.0 crashes on "" and on names that aren't UTF-8: RequestError."""
+    if not name or name != name.encode(errors="ignore").decode():
+        raise RequestError(f"{name!r}: OpenCV can't open files of this name; rename it")
+    return name
+
+
+def read_lines(path):
+    """The lines of a text file, class names for instance."""
+    try:
+        return Path(path).read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise RequestError(f"{path}: not a text file in UTF-8") from None
 
 
 def expand_sources(names):
@@ -319,27 +316,16 @@ def expand_sources(names):
             raise RequestError(f"{name}: {problem}; give a picture, a video or a folder")
 
 
-def check_name(name):
-    """The file name. cv2 5.0.0 crashes on "" and on names that aren't UTF-8: RequestError."""
-    if not name or name != name.encode(errors="ignore").decode():
-        raise RequestError(f"{name!r}: OpenCV can't open files of this name; rename it")
-    return name
-
-
 def read_frames(name, kind):
-    """Yield (title, picture, rate) of a picture, or of each frame of a video or camera.
-
-    picture: uint8 BGR (height, width, 3); rate: frames per second, 0 for a picture.
-    """
+    """Yield (title, uint8 BGR picture (height, width, 3), frames per second or 0 for a picture)."""
     check_name(name)
     if kind == "picture":
         yield name, read_picture(name), 0
         return
     capture = cv2.VideoCapture(int(name) if kind == "camera" else name)
-    rate, number = capture.get(cv2.CAP_PROP_FPS), 0
+    rate, number = capture.get(cv2.CAP_PROP_FPS), 0  # some cameras and files don't say it
     while (got := capture.read())[0]:
         number += 1
-        # some cameras and files don't say their rate
         yield f"{name}, frame {number}", got[1], rate if 0 < rate <= 1000 else 25
     if not number:
         raise RequestError(f"{kind} {name}: no frame can be read (truncated? not connected?)")
@@ -367,14 +353,6 @@ def read_picture(path):
     return picture
 
 
-def read_lines(path):
-    """The lines of a text file, class names for instance."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise RequestError(f"{path}: not a text file") from None
-
-
 def fit_labels(labels, path, classes):
     """`labels` if there is one per class; else [] for the default ones (path None), or an error."""
     if len(labels) != classes and path is not None:
@@ -384,7 +362,7 @@ def fit_labels(labels, path, classes):
 
 def read_net(args):
     """cv2.dnn.Net of the model file, on the engine, backend and target of the command line."""
-    backend, target = available(BACKENDS)[args.backend], available(TARGETS)[args.target]
+    backend, target = BACKENDS[args.backend], TARGETS[args.target]
     if target not in cv2.dnn.getAvailableTargets(backend):  # OpenCV would silently use the CPU
         raise RequestError(f"this OpenCV has no --target {args.target} on --backend {args.backend}")
     if not os.path.isfile(check_name(args.model)):
@@ -393,8 +371,7 @@ def read_net(args):
     if "made_from" in args.entry and get_load_info(args.model) != args.entry.get("load_info"):
         raise RequestError(f"{args.model}: its SHA-1 isn't the one in {ZOO_NAME}; convert it again")
     on_cpu = (args.backend, args.target) == ("default", "cpu")
-    engines = available(ENGINES)
-    engine = [engines[args.engine if on_cpu else "classic"]] if engines else []
+    engine = [ENGINES[args.engine if on_cpu else "classic"]] if ENGINES else []
     config = args.entry.get("config", "")  # of Caffe, in OpenCV 4.10's models.yml
     config = config and find_file(config, args.entry, Path(args.model).parent)
     try:
@@ -415,9 +392,8 @@ def get_load_info(model):
 def get_blob(picture, p):
     """float32 blob of shape (1, 3, height, width) from a BGR picture (height, width, 3).
 
-    (picture - mean) * scale / std, with p.mean, p.scale and so on: p has the attributes of the
-    options; p.std may be empty. blobFromImage's crop scales the shorter side of the picture to the
-    blob first, so nothing is cut off a square picture.
+    (picture - mean) * scale / std, by the attributes of p, which is args for one. The crop scales
+    the shorter side of the picture to the blob first, so nothing is cut off a square picture.
     """
     # float before the resize: rounding to uint8 after it would shift the logits by about 0.01
     picture = picture.astype(np.float32)
@@ -460,16 +436,13 @@ def get_answers(logits, names, top_k):
         name = names[i] if names else f"Class #{i}"
         percent = f"{100 * probabilities[i] / probabilities.sum():.1f} %"
         text = f"* class ID: {i}, label: {name}\n* confidence: {logits[i]:.4f}"
-        # some of ImageNet's names have many synonyms
+        # in the picture the first synonym: some of ImageNet's names have many
         answers.append((f"{text}\n* probability: {percent}", f"{name.split(',')[0]}: {percent}"))
     return answers
 
 
 def annotate(picture, lines):
-    """Write lines into the top left corner, no smaller than one can read.
-
-    If there are too many, the last, the inference time, goes first; the others are counted.
-    """
+    """Write lines into the top left corner; those without room are counted, the last goes first."""
     height, width = picture.shape[:2]
     zoom = max(min(width / 900, height / (34 * len(lines))), LEAST_ZOOM)
     step, thickness = int(34 * zoom), max(1, round(1.5 * zoom))
@@ -496,14 +469,9 @@ def fit(picture, size, limit):
 
 
 def get_output_paths(sources, args, window):
-    """The path of each annotated source: --output, or a name of its own in that folder.
-
-    None: not saved; a camera, or a video that is shown, if --output isn't given.
-    """
+    """The path of each result: --output, or a name of its own in that folder; None: not saved."""
     output = check_name(args.output or "results")
     is_folder = output.endswith(("/", os.sep)) or os.path.isdir(output) or not Path(output).suffix
-    if not is_folder and len(sources) > 1:
-        raise RequestError(f"--output {output}: {len(sources)} inputs need a folder, not a file")
     paths, taken = [], {os.path.realpath(name).lower() for name, _ in sources}
     for number, (name, kind) in enumerate(sources, 1):
         path, suffixes = Path(output), SAVED_PICTURES if kind == "picture" else tuple(SAVED_VIDEOS)
@@ -513,7 +481,7 @@ def get_output_paths(sources, args, window):
             if os.path.realpath(path).lower() in taken:
                 path = path.with_stem(f"{path.stem}_{number}")
         if os.path.realpath(path).lower() in taken:
-            raise RequestError(f"--output {path} is an input or a result already; name another")
+            raise RequestError(f"--output {path} is an input or a result already; give a folder")
         if path.suffix.lower() not in suffixes:
             raise RequestError(f"--output {path}: a {kind} needs {' or '.join(suffixes)}")
         taken.add(os.path.realpath(path).lower())
@@ -523,11 +491,11 @@ def get_output_paths(sources, args, window):
 
 
 def has_display():
-    """Whether a window can be shown. A child process tries, because without a display Qt aborts it
-    (OpenCV 5.0.0, exit 134; https://github.com/opencv/opencv/issues/13682) instead of raising.
-    """
+    """Whether a window can be shown."""
     if sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
         return False
+    # a child process tries: without a display Qt aborts instead of raising (OpenCV 5.0.0, exit
+    # 134; https://github.com/opencv/opencv/issues/13682)
     probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
     try:
         return subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
@@ -536,10 +504,7 @@ def has_display():
 
 
 def show(picture, seconds):
-    """Show a picture for this time, or until a key is pressed. Whether the user ends the program.
-
-    By q, Esc, or the window's close button. Space pauses, unless seconds is infinite anyway.
-    """
+    """Show a picture for this time, or until a key is pressed; return whether the user quits."""
     cv2.namedWindow(WINDOW, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
     cv2.imshow(WINDOW, fit(picture, (1280, 720), min))
     end = time.monotonic() + seconds
@@ -552,17 +517,16 @@ def show(picture, seconds):
             closed = True
         if closed or code in (ord("q"), ord("Q"), 27):  # 27: Esc
             return True
-        if code == ord(" ") and end < np.inf:
+        if code == ord(" ") and end < np.inf:  # pause, unless it waits for a key anyway
             end = seconds = np.inf
         elif (key >= 0 and code not in MODIFIERS) or time.monotonic() >= end:
             return False
 
 
 def classify(source, output, net, args, seconds):
-    """Classify a picture, or each frame of a video: print, annotate, save, show.
+    """Classify a picture, or each frame of a video; return whether the user quits.
 
-    Of a video, each change of the answer is printed. output: None, if nothing is to be saved;
-    seconds: how long to show a picture, None without a window. Whether the user ends the program.
+    output: the path of the result, or None; seconds: to show a picture, or None without a window.
     """
     last, writer = None, None
     warning = [RANDOM_WARNING] if args.random else []
@@ -570,7 +534,7 @@ def classify(source, output, net, args, seconds):
         logits, ms = forward(net, get_blob(picture, args))
         names = fit_labels(args.labels, args.classes, len(logits))
         texts, lines = zip(*get_answers(logits, names, args.top_k), strict=True)
-        if logits.argmax() != last:
+        if logits.argmax() != last:  # of a video, what changes
             texts = [f"{title}:", *texts, *(f"* {text}" for text in warning)]
             print(*texts, f"* inference time: {ms:.1f} ms", sep="\n", flush=True)
         picture = picture if rate else fit(picture, (640, 480), max)  # room for the text

@@ -26,7 +26,6 @@ from classification import (
     RANDOM_SUFFIX,
     ZOO_NAME,
     RequestError,
-    available,
     get_load_info,
     read_zoo,
 )
@@ -98,7 +97,7 @@ def find_converted(request, options=None):
     try:
         made_from, engines, outputs = entry["made_from"], entry["engines"], entry["outputs"]
         converted = Converted(path, engines, outputs, entry["load_info"], made_from["file"])
-        damaged = not engines or not {*engines} <= available(ENGINES).keys() or not outputs > 0
+        damaged = not engines or not {*engines} <= ENGINES.keys() or not outputs > 0
         other_options = options is not None and made_from["entry"] != get_hash(options)
     except (KeyError, TypeError):  # there is none, or it lacks a key
         return None

@@ -34,7 +34,6 @@ from classification import (
     ENGINES,
     RANDOM,
     RequestError,
-    available,
     fit_labels,
     get_blob,
     read_picture,
@@ -461,7 +460,7 @@ def evaluate(network, converted, preprocessing, data, config, args):
     keep_large_blocks()
     buffer = np.empty((size, 3, p.height, p.width), np.float32)
     network.model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
-    net = cv2.dnn.readNetFromONNX(str(converted.path), available(ENGINES)[key["engine"]])
+    net = cv2.dnn.readNetFromONNX(str(converted.path), ENGINES[key["engine"]])
     pytorch = partial(run_pytorch, network.model, memory_format=torch.channels_last)
     networks = {"pytorch": pytorch, "opencv": partial(run_opencv, net)}
     start = time.perf_counter()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from classification import ENGINES, OneLineParser, RequestError, available, one_line, run
+from classification import ENGINES, RequestError, make_parser, one_line, run
 from common import SEED, NetworksDisagree
 from verify import MAX_RELATIVE_ERROR, get_relative_error, run_engine_apart
 
@@ -109,9 +109,9 @@ def check_cut(proto, tensors, name, engine, seconds):
 
 
 def main():
-    parser = OneLineParser(__doc__, "MODEL.onnx [--engine ENGINE]")
+    parser = make_parser(__doc__)
     parser.add_argument("model", metavar="MODEL.onnx")
-    engines = [name for name in available(ENGINES) if name != "auto"]
+    engines = [name for name in ENGINES if name != "auto"]
     parser.add_argument("--engine", choices=engines, help="OpenCV's engine (default: all)")
     args = parser.parse_args()
     if not Path(args.model).is_file():

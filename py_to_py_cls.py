@@ -25,11 +25,10 @@ from classification import (
     ENGINES,
     SAVED_PICTURES,
     ZOO_NAME,
-    OneLineParser,
     RequestError,
-    available,
     fit_labels,
     get_blob,
+    make_parser,
     parse_bool,
     read_lines,
     read_picture,
@@ -54,7 +53,7 @@ def model_name(text):
 
 # fmt: off
 def get_parser():
-    parser = OneLineParser(__doc__, "--model_name NAME [--test BOOL] [options]")
+    parser = make_parser(__doc__)
     add = parser.add_argument
     yes_no = {"type": parse_bool, "metavar": "BOOL"}
     add("--model_name", type=model_name, metavar="NAME",
@@ -81,7 +80,7 @@ def get_parser():
     add("--preprocess", choices=["tutorial", "torchvision"], default="tutorial",
         help="evaluation mode: the centre of the resized picture, or torchvision's transforms, "
         "which its published accuracy was measured with (default: tutorial)")
-    add("--engine", choices=list(available(ENGINES)), default="auto",
+    add("--engine", choices=list(ENGINES), default="auto",
         help="evaluation mode: OpenCV's engine (default: auto, the fastest correct one)")
     add("--resume", default=True, **yes_no,
         help="evaluation mode: resume where the same command was interrupted (default: True)")

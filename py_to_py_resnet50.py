@@ -15,7 +15,7 @@ import numpy as np
 from classification import (
     RANDOM_SUFFIX,
     RANDOM_WARNING,
-    OneLineParser,
+    make_parser,
     read_lines,
     read_picture,
     run,
@@ -93,7 +93,7 @@ def print_prediction(framework, out, imagenet_labels):
 
 
 def get_args():
-    parser = OneLineParser(__doc__, "[--input_img FILE]")
+    parser = make_parser(__doc__)
     default = find_bundled(TestClsModuleConfig().input_img)
     text = "the picture that both networks classify (default: %(default)s)"
     parser.add_argument("--input_img", default=default, metavar="FILE", help=text)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from classification import ENGINES, RequestError, available, one_line, run
+from classification import ENGINES, RequestError, one_line, run
 from common import SEED, NetworksDisagree
 from networks import run_pytorch
 
@@ -195,7 +195,7 @@ def verify(onnx_path, references):
     names = [name for name, _, _ in references]
     print("relative error on", *names, "ms per picture", sep="  ", flush=True)
     seconds, failures = {}, {}
-    for engine in (name for name in available(ENGINES) if name != "auto"):
+    for engine in (name for name in ENGINES if name != "auto"):
         try:
             differences, seconds[engine] = verify_engine(onnx_path, engine, references)
             cells = [f"{d.relative:{len(n)}.1e}" for d, n in zip(differences, names, strict=True)]
@@ -214,7 +214,7 @@ def main():
     with np.load(Path(folder, "blobs.npz")) as arrays:
         blobs = [arrays[name] for name in arrays.files]
     try:
-        net = cv2.dnn.readNetFromONNX(onnx_path, available(ENGINES)[engine])
+        net = cv2.dnn.readNetFromONNX(onnx_path, ENGINES[engine])
     except cv2.error as error:
         raise NetworksDisagree(f"can't read the file: {get_reason(error)}") from None
     logits = [run_opencv(net, blob) for blob in blobs]

@@ -24,7 +24,7 @@ from torchvision import models
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from classification import OneLineParser, read_zoo  # noqa: E402
+from classification import make_parser, read_zoo  # noqa: E402
 
 PICTURE = ROOT / "test_data" / "cls" / "red_panda.jpg"
 RUNS = 15
@@ -47,9 +47,9 @@ VIDEO_LOOP = """
 import sys, cv2
 sys.path.insert(0, sys.argv[3])
 from types import SimpleNamespace
-from classification import ENGINES, TORCHVISION, available, get_blob
+from classification import ENGINES, TORCHVISION, get_blob
 preprocessing = SimpleNamespace(**TORCHVISION)
-engine = available(ENGINES)[sys.argv[4]]
+engine = ENGINES[sys.argv[4]]
 net, capture = cv2.dnn.readNetFromONNX(sys.argv[1], engine), cv2.VideoCapture(sys.argv[2])
 read, frame = capture.read()
 while read:
@@ -78,7 +78,7 @@ def seconds(*command):
 
 
 def main():
-    OneLineParser(__doc__, "").parse_args()
+    make_parser(__doc__).parse_args()
     os.environ.pop("DISPLAY", None)
     os.environ.pop("WAYLAND_DISPLAY", None)
     with tempfile.TemporaryDirectory() as folder:

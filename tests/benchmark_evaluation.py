@@ -88,7 +88,7 @@ def get_logits(name, folder, engine, number):
     """Both networks' logits as py_to_py_cls.py has them, (2, number, classes)."""
     import torch
 
-    from classification import ENGINES, available, read_picture
+    from classification import ENGINES, read_picture
     from evaluation import get_centre_blob
     from networks import Request, load_network, run_pytorch
     from verify import run_opencv
@@ -97,7 +97,7 @@ def get_logits(name, folder, engine, number):
     paths = [f"{folder}/{n}" for n in sorted(os.listdir(folder))[:number]]
     blobs = [get_centre_blob(read_picture(path), network.preprocessing) for path in paths]
     blob = np.concatenate(blobs)
-    net = cv2.dnn.readNetFromONNX(f"models/{name}-random.onnx", available(ENGINES)[engine])
+    net = cv2.dnn.readNetFromONNX(f"models/{name}-random.onnx", ENGINES[engine])
     model = network.model.to(memory_format=torch.channels_last)
     logits = run_pytorch(model, blob, memory_format=torch.channels_last)
     return np.stack([logits, run_opencv(net, blob)])

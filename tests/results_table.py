@@ -28,7 +28,7 @@ import cv2
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from classification import OneLineParser, RequestError, get_blob, read_picture, run  # noqa: E402
+from classification import RequestError, get_blob, make_parser, read_picture, run  # noqa: E402
 from common import NetworksDisagree, whole_file  # noqa: E402
 from conversion import NotConvertible, check_branches, export, rewrite  # noqa: E402
 from locate import locate  # noqa: E402
@@ -327,7 +327,7 @@ def measure_apart(name):
 
 
 def main():
-    parser = OneLineParser(__doc__, "[--timm] [NAME ...]")
+    parser = make_parser(__doc__)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="networks (default: torchvision's)"
     )
