@@ -31,9 +31,8 @@ BUNDLED_PICTURE = Path(__file__).resolve().parent / "test_data" / "cls" / "red_p
 ZOO_NAME = "models.yml"
 ZOO_SAMPLE = "classification"  # what OpenCV's samples call the entries that are for this one
 
-# What torchvision's ImageNet networks expect, with pixel values from 0 to 255:
-# https://docs.pytorch.org/vision/stable/models.html. This file travels alone, so the numbers are
-# here as well as in default_preprocess_config.py; a test compares them.
+# What torchvision's ImageNet networks expect, for pixels from 0 to 255; it is here as well as in
+# default_preprocess_config.py because this file travels alone: a test compares them.
 TORCHVISION = {
     "scale": 1 / 255, "mean": [123.675, 116.28, 103.53], "std": [0.229, 0.224, 0.225],
     "rgb": True, "crop": True, "width": 224, "height": 224,
@@ -179,10 +178,10 @@ def get_parser():
     add("--initial_width", **size, help="resize the picture to this width first [no resize]")
     add("--initial_height", **size, help="resize the picture to this height first [no resize]")
     add = parser.add_argument_group("inference").add_argument
-    add("--engine", choices=list(ENGINES), default="auto",
-        help="new is OpenCV 5's own, classic OpenCV 4's, ort ONNX Runtime [auto]")
-    add("--backend", choices=list(BACKENDS), default="default",
-        help="another one than the default runs on the classic engine")
+    if ENGINES:
+        add("--engine", choices=list(ENGINES), default="auto",
+            help="new is OpenCV 5's own, classic OpenCV 4's, ort ONNX Runtime [auto]")
+    add("--backend", choices=list(BACKENDS), default="default", help="others: classic engine")
     add("--target", choices=list(TARGETS), default="cpu", help="the same [cpu]")
     return parser
 # fmt: on
@@ -411,8 +410,8 @@ def forward(net, blob):
         net.setInput(blob)
         out = net.forward()
     except cv2.error as error:
-        size, text = f"{blob.shape[3]}x{blob.shape[2]}", one_line(error)
-        raise RequestError(f"it can't take {size}: set --width and --height: {text}") from None
+        hint = f"it can't take {blob.shape[3]}x{blob.shape[2]}: set --width and --height"
+        raise RequestError(f"{hint}: {one_line(error)}") from None
     ms = 1000 * (time.perf_counter() - start)
     outputs = len(net.getUnconnectedOutLayersNames())
     # squeezenet of OpenCV 4.10's models.yml has the shape (1, 1000, 1, 1)

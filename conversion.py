@@ -21,14 +21,7 @@ from unittest import mock
 
 import cv2
 
-from classification import (
-    ENGINES,
-    RANDOM_SUFFIX,
-    ZOO_NAME,
-    RequestError,
-    get_load_info,
-    read_zoo,
-)
+from classification import ENGINES, RANDOM_SUFFIX, ZOO_NAME, RequestError, get_load_info, read_zoo
 from common import SCRIPT_DIR, NetworksDisagree, get_digest, get_hash, whole_file
 from locate import locate
 from test_config import MODELS_DIR

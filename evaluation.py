@@ -7,6 +7,7 @@ figures of one that was never stopped, and several processes end with those of o
 PyTorch's rounding doesn't depend on its number of threads.
 """
 
+import atexit
 import contextlib
 import csv
 import ctypes
@@ -30,14 +31,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from classification import (
-    ENGINES,
-    RANDOM,
-    RequestError,
-    fit_labels,
-    get_blob,
-    read_picture,
-)
+from classification import ENGINES, RANDOM, RequestError, fit_labels, get_blob, read_picture
 from common import NetworksDisagree, get_hash, whole_file
 from labelled_pictures import MAX_SKIPPED
 from networks import read_transforms, run_pytorch
@@ -404,6 +398,8 @@ def join_processes():
 
     # gloo notices by itself that a rank has died, but not that its machine has lost its power
     dist.init_process_group("gloo", timeout=datetime.timedelta(hours=1))
+    # or C++ ends the process with signal 6, now and then, over gloo's threads (PyTorch 2.15)
+    atexit.register(dist.destroy_process_group)
     if RANK != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 

@@ -12,14 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from classification import (
-    RANDOM_SUFFIX,
-    RANDOM_WARNING,
-    make_parser,
-    read_lines,
-    read_picture,
-    run,
-)
+from classification import RANDOM_SUFFIX, RANDOM_WARNING, make_parser, read_lines, read_picture, run
 from common import NetworksDisagree, find_bundled, whole_file
 from networks import Request, load_network
 from test_config import MODELS_DIR, TestClsModuleConfig

@@ -246,7 +246,6 @@ def test_all_of_opencvs_entries(
     for variable in ("OPENCV_SAMPLES_DATA_PATH", "OPENCV_DNN_TEST_DATA_PATH"):
         env[variable] = str(folder / "data")
     entries = read_zoo(samples / "models.yml")
-    entries = {k: v for k, v in entries.items() if v.get("sample") == "classification"}
     assert set(entries) >= {"squeezenet", "googlenet"}
     for name, entry in entries.items():
         caffe = "config" in entry
