@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import cv2
@@ -31,8 +32,9 @@ BUNDLED_PICTURE = Path(__file__).resolve().parent / "test_data" / "cls" / "red_p
 ZOO_NAME = "models.yml"
 ZOO_SAMPLE = "classification"  # what OpenCV's samples call the entries that are for this one
 
-# What torchvision's ImageNet networks expect, for pixels from 0 to 255; it is here as well as in
-# default_preprocess_config.py because this file travels alone: a test compares them.
+# What torchvision's ImageNet networks expect, with pixel values from 0 to 255:
+# https://docs.pytorch.org/vision/stable/models.html. This file travels alone, so the numbers are
+# here as well as in default_preprocess_config.py; a test compares them.
 TORCHVISION = {
     "scale": 1 / 255, "mean": [123.675, 116.28, 103.53], "std": [0.229, 0.224, 0.225],
     "rgb": True, "crop": True, "width": 224, "height": 224,
@@ -94,7 +96,7 @@ def report(error):
         source = f"OpenCV {cv2.__version__}: " if isinstance(error, cv2.error) else ""
         print(f"{Path(sys.argv[0]).name}: error: {source}{one_line(error)}", file=sys.stderr)
     else:  # of your own code, or a fault of ours
-        sys.excepthook(type(error), error, error.__traceback__)
+        traceback.print_exception(error)
     return getattr(error, "exit_code", 2)
 
 
@@ -181,20 +183,25 @@ def get_parser():
     if ENGINES:
         add("--engine", choices=list(ENGINES), default="auto",
             help="new is OpenCV 5's own, classic OpenCV 4's, ort ONNX Runtime [auto]")
-    add("--backend", choices=list(BACKENDS), default="default", help="others: classic engine")
+    add("--backend", choices=list(BACKENDS), default="default",
+        help="another one than the default runs on the classic engine")
     add("--target", choices=list(TARGETS), default="cpu", help="the same [cpu]")
     return parser
 # fmt: on
 
 
 def get_args():
-    """The options, over those of args.entry, of models.yml; args.input is what to classify."""
+    """The options; args.entry is the entry of models.yml, or {}, and args.input what to classify.
+
+    The command line is parsed to find the entry, and again behind its options, over which it wins.
+    """
     parser = get_parser()
     args = parser.parse_args()
     models = [item for item in args.input if item.lower().endswith(".onnx")]
     models += [args.model] if args.model else []
     if len(models) > 1 or not (models or args.alias):
-        raise RequestError(f"{len(models)} models: name one .onnx file, --input MODEL.onnx PICTURE")
+        problem = "more than one" if models else "no"
+        raise RequestError(f"{problem} model: name one .onnx file, --input MODEL.onnx PICTURE")
     zoo, name, entry = find_entry(args.alias, args.zoo, *models)
     for given, where in ((vars(args), ""), (entry, f"{zoo}: {name}: ")):
         if (given.get("initial_width") is None) != (given.get("initial_height") is None):
@@ -214,7 +221,10 @@ def get_args():
 
 
 def find_entry(alias, zoo, model=None):
-    """(path of the models.yml, name, entry) of the alias; else of the model file, or of none."""
+    """(path of the models.yml, name, entry) of the alias, else of the model file.
+
+    (Path(), "", {}) if a model file has no entry. Raises RequestError if an alias has none.
+    """
     beside = Path(__file__).resolve().parent
     paths = [f / ZOO_NAME for f in (Path("models"), Path(), beside / "models", beside)]
     if zoo or not alias:
@@ -391,8 +401,9 @@ def get_load_info(model):
 def get_blob(picture, p):
     """float32 blob of shape (1, 3, height, width) from a BGR picture (height, width, 3).
 
-    (picture - mean) * scale / std, by the attributes of p, which is args for one. The crop scales
-    the shorter side of the picture to the blob first, so nothing is cut off a square picture.
+    (picture - mean) * scale / std, with p.mean, p.scale and so on: p has the attributes of the
+    options; p.std may be empty. blobFromImage's crop scales the shorter side of the picture to the
+    blob first, so nothing is cut off a square picture.
     """
     # float before the resize: rounding to uint8 after it would shift the logits by about 0.01
     picture = picture.astype(np.float32)
@@ -468,7 +479,10 @@ def fit(picture, size, limit):
 
 
 def get_output_paths(sources, args, window):
-    """The path of each result: --output, or a name of its own in that folder; None: not saved."""
+    """The path of each result: --output, or a name of its own in that folder.
+
+    None: not saved; a camera, or a video that is shown, if --output isn't given.
+    """
     output = check_name(args.output or "results")
     is_folder = output.endswith(("/", os.sep)) or os.path.isdir(output) or not Path(output).suffix
     paths, taken = [], {os.path.realpath(name).lower() for name, _ in sources}
@@ -480,7 +494,9 @@ def get_output_paths(sources, args, window):
             if os.path.realpath(path).lower() in taken:
                 path = path.with_stem(f"{path.stem}_{number}")
         if os.path.realpath(path).lower() in taken:
-            raise RequestError(f"--output {path} is an input or a result already; give a folder")
+            raise RequestError(
+                f"--output {path}: an input or a result already; name another, or a folder"
+            )
         if path.suffix.lower() not in suffixes:
             raise RequestError(f"--output {path}: a {kind} needs {' or '.join(suffixes)}")
         taken.add(os.path.realpath(path).lower())

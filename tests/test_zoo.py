@@ -155,7 +155,10 @@ def test_entry_of_opencvs_samples(run, zoo):
         (["net", "--initial_width", "256"], ["initial_width", "go together"]),
         (["odd"], ["models.yml: odd: error: argument --mean: invalid finite value: ' x'"]),
         (["two"], ["models.yml: two: error: argument --width", "'a'"]),
-        (["three"], ["models.yml: three: error: argument --height: invalid", "'[8, 7]'"]),
+        (
+            ["three"],
+            ["models.yml: three: error: argument --height: invalid positive_int value: '[8, 7]'"],
+        ),
         (["four"], ["models.yml: four: error: argument --std: expected 3 arguments"]),
         (["inf"], ["models.yml: inf: error: argument --scale: invalid non_zero value: 'inf'"]),
         (["ort"], ["models.yml: ort: error: argument --engine: invalid choice: 'ort'"]),
