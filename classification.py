@@ -162,7 +162,8 @@ def get_parser():
     add("--zoo", metavar="FILE", help="the file with the entries [models/models.yml or models.yml]")
     add("--input", nargs="+", default=[], metavar="FILE",
         help="the model (.onnx), pictures, folders, videos, a camera's number [a bundled picture]")
-    add("--model", metavar="FILE", help="the model, if it isn't among --input")
+    add("--model", default="", metavar="FILE", help="the model, if it isn't among --input")
+    add("--config", default="", metavar="FILE", help="the .prototxt of a Caffe model, in OpenCV 4")
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
     add("--top_k", type=positive_int, default=1, metavar="K", help="answers per picture [1]")
     add("--output", metavar="PATH",
@@ -193,28 +194,25 @@ def get_parser():
 def get_args():
     """The options; args.entry is the entry of models.yml, or {}, and args.input what to classify.
 
-    The command line is parsed to find the entry, and again behind its options, over which it wins.
+    The command line is parsed to find the entry, and again over its options, so that it wins.
     """
     parser = get_parser()
     args = parser.parse_args()
     models = [item for item in args.input if item.lower().endswith(".onnx")]
     models += [args.model] if args.model else []
     if len(models) > 1 or not (models or args.alias):
-        problem = "more than one" if models else "no"
-        raise RequestError(f"{problem} model: name one .onnx file, --input MODEL.onnx PICTURE")
+        raise RequestError(f"{len(models)} models: name one .onnx file, --input MODEL.onnx PICTURE")
     zoo, name, entry = find_entry(args.alias, args.zoo, *models)
     for given, where in ((vars(args), ""), (entry, f"{zoo}: {name}: ")):
         if (given.get("initial_width") is None) != (given.get("initial_height") is None):
             raise RequestError(f"{where}--initial_width and --initial_height go together")
     if not (entry or args.scale or args.mean or args.std):
         parser.set_defaults(**TORCHVISION)
-    options = get_options(entry, zoo.parent)
     parser.prog = f"{zoo}: {name}"  # only its options can still be wrong
-    parser.parse_args(options)  # alone, or a mean of two numbers would take NAME for its third
-    args = parser.parse_args(options + sys.argv[1:])
+    args = parser.parse_args(namespace=parser.parse_args(get_options(entry, zoo.parent)))
     args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
     args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
-    args.model = models[0] if models else find_file(entry.get("model", ""), entry, zoo.parent)
+    args.model = models[0] if models else args.model
     args.labels = read_lines(find_file(args.classes, entry)) if args.classes else []
     args.random = entry.get("weights") == RANDOM or Path(args.model).stem.endswith(RANDOM_SUFFIX)
     return args
@@ -226,13 +224,12 @@ def find_entry(alias, zoo, model=None):
     (Path(), "", {}) if a model file has no entry. Raises RequestError if an alias has none.
     """
     beside = Path(__file__).resolve().parent
-    paths = [f / ZOO_NAME for f in (Path("models"), Path(), beside / "models", beside)]
-    if zoo or not alias:
-        paths = [Path(zoo or Path(model).with_name(ZOO_NAME))]
-    names = []
+    folders = [Path("models"), Path(), beside / "models", beside] if alias else [Path(model).parent]
+    paths = [Path(zoo)] if zoo else [folder / ZOO_NAME for folder in folders]
+    wanted, names = alias or Path(model).name, []
     for path in filter(Path.is_file, paths):
         for name, entry in read_zoo(path).items():
-            if alias == name or (not alias and entry.get("model") == Path(model).name):
+            if wanted in (name, entry.get("model")):
                 return path, name, entry
             names.append(name)
     if not alias:
@@ -251,8 +248,8 @@ def get_options(entry, folder):
             options += [f"--{key}", *(f" {v}" for v in value)] if value else []
         elif key in TORCHVISION or (key == "engine" and ENGINES):
             options.append(f"--{key}={value}")
-    if labels := entry.get("labels", entry.get("classes")):
-        options.append(f"--classes={find_file(labels, entry, folder)}")
+        elif key in ("model", "config", "classes", "labels") and value:
+            options.append(f"--{key}={find_file(value, entry, folder)}")
     return options
 
 
@@ -316,22 +313,20 @@ def expand_sources(names):
             if not files:
                 raise RequestError(f"{name}: no picture in this folder")
             yield from ((os.path.join(name, file), "picture") for file in sorted(files))
-        elif os.path.isfile(name):
+        elif os.path.exists(name):
             yield name, "video" if name.lower().endswith(VIDEOS) else "picture"
-        elif name.isdecimal() and not os.path.exists(name):
+        elif name.isdecimal():
             yield name, "camera"
         else:
-            problem = "a pipe: save it as a file" if os.path.exists(name) else "no such file"
-            raise RequestError(f"{name}: {problem}; give a picture, a video or a folder")
+            raise RequestError(f"{name}: no such file; give a picture, a video or a folder")
 
 
 def read_frames(name, kind):
     """Yield (title, uint8 BGR picture (height, width, 3), frames per second or 0 for a picture)."""
-    check_name(name)
     if kind == "picture":
-        yield name, read_picture(name), 0
+        yield name, read_picture(check_name(name)), 0
         return
-    capture = cv2.VideoCapture(int(name) if kind == "camera" else name)
+    capture = cv2.VideoCapture(int(name) if kind == "camera" else check_name(name))
     rate, number = capture.get(cv2.CAP_PROP_FPS), 0  # some cameras and files don't say it
     while (got := capture.read())[0]:
         number += 1
@@ -346,27 +341,17 @@ def read_frames(name, kind):
 
 def read_picture(path):
     """The picture as uint8 BGR (height, width, 3), turned as its EXIF says; or RequestError."""
-    problem = "truncated, or not a picture that OpenCV can read"
     try:
         data = np.frombuffer(Path(path).read_bytes(), np.uint8)
         # imdecode, because imread fills the missing part of a truncated JPEG with grey
         picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
-        if picture is None and cv2.imdecode(data, cv2.IMREAD_UNCHANGED) is not None:
-            problem = "pixels of an unusual type, float32 for one; use 8 bits"
     except OSError as error:
         raise RequestError(one_line(error)) from None
     except cv2.error:  # an empty file, or more than 2**30 pixels
         picture = None
     if picture is None:
-        raise RequestError(f"{path}: {problem}")
+        raise RequestError(f"{path}: truncated, not a picture, or of float32 pixels (use 8 bits)")
     return picture
-
-
-def fit_labels(labels, path, classes):
-    """`labels` if there is one per class; else [] for the default ones (path None), or an error."""
-    if len(labels) != classes and path is not None:
-        raise RequestError(f"{path}: {len(labels)} lines, but the network has {classes} outputs")
-    return labels if len(labels) == classes else []
 
 
 def read_net(args):
@@ -381,10 +366,8 @@ def read_net(args):
         raise RequestError(f"{args.model}: its SHA-1 isn't the one in {ZOO_NAME}; convert it again")
     on_cpu = (args.backend, args.target) == ("default", "cpu")
     engine = [ENGINES[args.engine if on_cpu else "classic"]] if ENGINES else []
-    config = args.entry.get("config", "")  # of Caffe, in OpenCV 4.10's models.yml
-    config = config and find_file(config, args.entry, Path(args.model).parent)
     try:
-        net = cv2.dnn.readNet(args.model, config, "", *engine)
+        net = cv2.dnn.readNet(args.model, args.config, "", *engine)
     except cv2.error as error:
         raise RequestError(f"{args.model}: truncated, or not ONNX: {one_line(error)}") from None
     net.setPreferableBackend(backend)
@@ -437,7 +420,7 @@ def get_answers(logits, names, top_k):
     """[(text for stdout, text for the picture)], best first. names: of the classes, or empty."""
     if len(logits) == 1:  # a value, which has no classes
         text = f"{names[0] if names else 'value'}: {logits[0]:.4f}"
-        return [(f"* {text}", text)]
+        return [(text, text)]
     probabilities = np.exp(logits.astype(np.float64) - logits.max())
     if logits.min() >= 0 and abs(logits.sum() - 1) < 1e-3:  # the network ends in a softmax
         probabilities = logits
@@ -445,7 +428,7 @@ def get_answers(logits, names, top_k):
     for i in np.argsort(-logits, kind="stable")[:top_k]:
         name = names[i] if names else f"Class #{i}"
         percent = f"{100 * probabilities[i] / probabilities.sum():.1f} %"
-        text = f"* class ID: {i}, label: {name}\n* confidence: {logits[i]:.4f}"
+        text = f"class ID: {i}, label: {name}\n* confidence: {logits[i]:.4f}"
         # in the picture the first synonym: some of ImageNet's names have many
         answers.append((f"{text}\n* probability: {percent}", f"{name.split(',')[0]}: {percent}"))
     return answers
@@ -479,7 +462,7 @@ def fit(picture, size, limit):
 
 
 def get_output_paths(sources, args, window):
-    """The path of each result: --output, or a name of its own in that folder.
+    """The path of each result: --output, or in that folder; numbered if an input or result has it.
 
     None: not saved; a camera, or a video that is shown, if --output isn't given.
     """
@@ -491,14 +474,10 @@ def get_output_paths(sources, args, window):
         if is_folder:
             suffix = Path(name).suffix if name.lower().endswith(suffixes) else suffixes[0]
             path /= f"{Path(name).stem}_{Path(args.model).stem}{suffix}"
-            if os.path.realpath(path).lower() in taken:
-                path = path.with_stem(f"{path.stem}_{number}")
-        if os.path.realpath(path).lower() in taken:
-            raise RequestError(
-                f"--output {path}: an input or a result already; name another, or a folder"
-            )
         if path.suffix.lower() not in suffixes:
             raise RequestError(f"--output {path}: a {kind} needs {' or '.join(suffixes)}")
+        while os.path.realpath(path).lower() in taken:
+            path = path.with_stem(f"{path.stem}_{number}")
         taken.add(os.path.realpath(path).lower())
         is_saved = args.output or kind == "picture" or (kind == "video" and not window)
         paths.append(path if is_saved else None)
@@ -545,17 +524,19 @@ def classify(source, output, net, args, seconds):
     """
     last, writer = None, None
     warning = [RANDOM_WARNING] if args.random else []
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
     for title, picture, rate in read_frames(*source):
         logits, ms = forward(net, get_blob(picture, args))
-        names = fit_labels(args.labels, args.classes, len(logits))
-        texts, lines = zip(*get_answers(logits, names, args.top_k), strict=True)
+        if args.classes and len(args.labels) != len(logits):
+            problem = f"{len(args.labels)} lines, but the network has {len(logits)} outputs"
+            raise RequestError(f"{args.classes}: {problem}")
+        texts, lines = zip(*get_answers(logits, args.labels, args.top_k), strict=True)
+        time_text = f"inference time: {ms:.1f} ms"
         if logits.argmax() != last:  # of a video, what changes
-            texts = [f"{title}:", *texts, *(f"* {text}" for text in warning)]
-            print(*texts, f"* inference time: {ms:.1f} ms", sep="\n", flush=True)
+            print(f"{title}:", *texts, *warning, time_text, sep="\n* ", flush=True)
         picture = picture if rate else fit(picture, (640, 480), max)  # room for the text
-        annotate(picture, [*warning, *lines, f"Inference time: {ms:.1f} ms"])
-        if output and last is None:
-            output.parent.mkdir(parents=True, exist_ok=True)
+        annotate(picture, [*warning, *lines, time_text])
         if output and rate:  # the writer completes the file when it is deleted, also after Ctrl-C
             fourcc = cv2.VideoWriter_fourcc(*SAVED_VIDEOS[output.suffix.lower()])
             writer = writer or cv2.VideoWriter(str(output), fourcc, rate, picture.shape[1::-1])
@@ -583,18 +564,15 @@ def main():
     print("preprocessing:", ", ".join(f"{key} {getattr(args, key)}" for key in TORCHVISION))
     if window:
         print(KEYS)
-    failed = 0
+    code = 0
     for number, (source, output) in enumerate(zip(sources, outputs, strict=True), 1):
         seconds = 1 if number < len(sources) else np.inf  # as OpenCV 5's sample
         try:
             if classify(source, output, net, args, seconds if window else None):
                 break
         except (RequestError, cv2.error) as error:
-            if len(sources) == 1:
-                raise
-            report(error)
-            failed = 1
-    return failed
+            code = report(error)
+    return min(code, 1) if len(sources) > 1 else code
 
 
 if __name__ == "__main__":

@@ -52,6 +52,13 @@ def get_data(config, args, names):
     return Data(pictures, root, names if args.classes else folders, folders=folders)
 
 
+def fit_labels(labels, path, classes):
+    """`labels` if there is one per class; else [] for the default ones (path None), or an error."""
+    if len(labels) != classes and path is not None:
+        raise RequestError(f"{path}: {len(labels)} lines, but the network has {classes} outputs")
+    return labels if len(labels) == classes else []
+
+
 def find_pictures(root, name):
     """The pictures in a class folder and its subfolders, without hidden ones and links."""
     files = sorted(Path(root, name).rglob("*"))

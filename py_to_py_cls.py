@@ -26,7 +26,6 @@ from classification import (
     SAVED_PICTURES,
     ZOO_NAME,
     RequestError,
-    fit_labels,
     get_blob,
     make_parser,
     parse_bool,
@@ -37,7 +36,7 @@ from classification import (
 from common import Preprocessing, find_bundled, get_digest, read_tutorial, write_entry
 from conversion import convert, find_converted
 from evaluation import RANK, check_evaluation, evaluate, first_process_first, join_processes
-from labelled_pictures import get_data
+from labelled_pictures import fit_labels, get_data
 from networks import Request, get_torchvision_names, get_torchvision_weights, load_network
 from test_config import RESULTS_DIR, TestClsConfig, TestClsModuleConfig
 from verify import get_references

@@ -152,9 +152,13 @@ def test_output_file_and_folder(run, model, folder):
 
 
 def test_no_input_is_overwritten(run, model, folder):
+    """--output that names it, or two results, gets a number."""
     shutil.copy(KOALA, folder / "koala.jpg")
-    result = run("classification.py", "--input", model, "koala.jpg", "--output", "koala.jpg")
-    check_one_line(result, "koala.jpg", "input")
+    options = ["--output", "koala.jpg"]
+    result = run("classification.py", "--input", model, "koala.jpg", KOALA, *options)
+    saved = re.findall(r"\* saved: (.*)", result.stdout)
+    assert saved == ["koala_1.jpg", "koala_2.jpg"]
+    assert sorted(p.name for p in folder.iterdir()) == ["koala.jpg", *saved]
     assert (folder / "koala.jpg").read_bytes() == KOALA.read_bytes()
 
 
