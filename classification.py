@@ -41,9 +41,7 @@ TORCHVISION = {
     "initial_width": 256, "initial_height": 256,
 }  # fmt: skip
 
-# Model files with this suffix hold random weights; an entry says it as `weights: random`.
-RANDOM = "random"
-RANDOM_SUFFIX = f"-{RANDOM}"
+RANDOM_SUFFIX = "-random"  # model files that hold random weights are named so
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
@@ -181,9 +179,8 @@ def get_parser():
     add("--initial_width", **size, help="resize the picture to this width first [no resize]")
     add("--initial_height", **size, help="resize the picture to this height first [no resize]")
     add = parser.add_argument_group("inference").add_argument
-    if ENGINES:
-        add("--engine", choices=list(ENGINES), default="auto",
-            help="new is OpenCV 5's own, classic OpenCV 4's, ort ONNX Runtime [auto]")
+    add("--engine", choices=list(ENGINES) or ["auto"], default="auto",
+        help="new is OpenCV 5's own, classic OpenCV 4's, ort ONNX Runtime [auto]")
     add("--backend", choices=list(BACKENDS), default="default",
         help="another one than the default runs on the classic engine")
     add("--target", choices=list(TARGETS), default="cpu", help="the same [cpu]")
@@ -192,10 +189,7 @@ def get_parser():
 
 
 def get_args():
-    """The options; args.entry is the entry of models.yml, or {}, and args.input what to classify.
-
-    The command line is parsed to find the entry, and again over its options, so that it wins.
-    """
+    """The command line, over the options of its entry in models.yml: args.entry, {} for none."""
     parser = get_parser()
     args = parser.parse_args()
     models = [item for item in args.input if item.lower().endswith(".onnx")]
@@ -208,13 +202,21 @@ def get_args():
             raise RequestError(f"{where}--initial_width and --initial_height go together")
     if not (entry or args.scale or args.mean or args.std):
         parser.set_defaults(**TORCHVISION)
+    options = []
+    for key, value in entry.items():
+        if key in ("mean", "std") and isinstance(value, list):
+            # argparse would take -1e-05 for an option, but nothing that begins with a space
+            options += [f"--{key}", *(f" {v}" for v in value)] if value else []
+        elif key in TORCHVISION or (key == "engine" and ENGINES):
+            options.append(f"--{key}={value}")
+        elif key in ("model", "config", "classes", "labels") and value:
+            options.append(f"--{key}={find_file(value, entry, zoo.parent)}")
     parser.prog = f"{zoo}: {name}"  # only its options can still be wrong
-    args = parser.parse_args(namespace=parser.parse_args(get_options(entry, zoo.parent)))
+    args = parser.parse_args(namespace=parser.parse_args(options))
     args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
     args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
     args.model = models[0] if models else args.model
     args.labels = read_lines(find_file(args.classes, entry)) if args.classes else []
-    args.random = entry.get("weights") == RANDOM or Path(args.model).stem.endswith(RANDOM_SUFFIX)
     return args
 
 
@@ -237,20 +239,6 @@ def find_entry(alias, zoo, model=None):
     known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
     searched = ", ".join(dict.fromkeys(map(os.path.normpath, paths)))
     raise RequestError(f"no entry '{alias}' in {searched}: {known} (pictures go after --input)")
-
-
-def get_options(entry, folder):
-    """What an entry says, as if it were typed: ["--width=224", ...]. folder: the entry's."""
-    options = []
-    for key, value in entry.items():
-        if key in ("mean", "std") and isinstance(value, list):
-            # argparse would take -1e-05 for an option, but nothing that begins with a space
-            options += [f"--{key}", *(f" {v}" for v in value)] if value else []
-        elif key in TORCHVISION or (key == "engine" and ENGINES):
-            options.append(f"--{key}={value}")
-        elif key in ("model", "config", "classes", "labels") and value:
-            options.append(f"--{key}={find_file(value, entry, folder)}")
-    return options
 
 
 def find_file(name, entry, folder=""):
@@ -313,12 +301,10 @@ def expand_sources(names):
             if not files:
                 raise RequestError(f"{name}: no picture in this folder")
             yield from ((os.path.join(name, file), "picture") for file in sorted(files))
-        elif os.path.exists(name):
-            yield name, "video" if name.lower().endswith(VIDEOS) else "picture"
-        elif name.isdecimal():
+        elif name.isdecimal() and not os.path.exists(name):
             yield name, "camera"
         else:
-            raise RequestError(f"{name}: no such file; give a picture, a video or a folder")
+            yield name, "video" if name.lower().endswith(VIDEOS) else "picture"
 
 
 def read_frames(name, kind):
@@ -331,12 +317,10 @@ def read_frames(name, kind):
     while (got := capture.read())[0]:
         number += 1
         yield f"{name}, frame {number}", got[1], rate if 0 < rate <= 1000 else 25
-    if not number:
-        raise RequestError(f"{kind} {name}: no frame can be read (truncated? not connected?)")
-    promised = capture.get(cv2.CAP_PROP_FRAME_COUNT)  # of some files, an estimate
-    if number < 0.99 * promised - 1:
-        problem = f"truncated: {number} of {promised:.0f} frames can be read"
-        raise RequestError(f"{name}: {problem}", exit_code=1)
+    promised = max(0, capture.get(cv2.CAP_PROP_FRAME_COUNT))  # of some files, an estimate
+    if number < max(1, 0.99 * promised - 1):
+        problem = f"{number} of {promised:.0f} frames can be read (truncated? not there?)"
+        raise RequestError(f"{kind} {name}: {problem}", exit_code=1 if number else 2)
 
 
 def read_picture(path):
@@ -462,13 +446,13 @@ def fit(picture, size, limit):
 
 
 def get_output_paths(sources, args, window):
-    """The path of each result: --output, or in that folder; numbered if an input or result has it.
+    """Yield each result's path: --output, or in that folder; numbered if an input or result has it.
 
     None: not saved; a camera, or a video that is shown, if --output isn't given.
     """
     output = check_name(args.output or "results")
     is_folder = output.endswith(("/", os.sep)) or os.path.isdir(output) or not Path(output).suffix
-    paths, taken = [], {os.path.realpath(name).lower() for name, _ in sources}
+    taken = {os.path.realpath(name).lower() for name, _ in sources}
     for number, (name, kind) in enumerate(sources, 1):
         path, suffixes = Path(output), SAVED_PICTURES if kind == "picture" else tuple(SAVED_VIDEOS)
         if is_folder:
@@ -480,8 +464,7 @@ def get_output_paths(sources, args, window):
             path = path.with_stem(f"{path.stem}_{number}")
         taken.add(os.path.realpath(path).lower())
         is_saved = args.output or kind == "picture" or (kind == "video" and not window)
-        paths.append(path if is_saved else None)
-    return paths
+        yield path if is_saved else None
 
 
 def has_display():
@@ -523,7 +506,7 @@ def classify(source, output, net, args, seconds):
     output: the path of the result, or None; seconds: to show a picture, or None without a window.
     """
     last, writer = None, None
-    warning = [RANDOM_WARNING] if args.random else []
+    warning = [RANDOM_WARNING] if Path(args.model).stem.endswith(RANDOM_SUFFIX) else []
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
     for title, picture, rate in read_frames(*source):
@@ -559,7 +542,7 @@ def classify(source, output, net, args, seconds):
 def main():
     args = get_args()
     sources, window = list(expand_sources(args.input)), has_display()
-    outputs = get_output_paths(sources, args, window)
+    outputs = list(get_output_paths(sources, args, window))
     net = read_net(args)
     print("preprocessing:", ", ".join(f"{key} {getattr(args, key)}" for key in TORCHVISION))
     if window:

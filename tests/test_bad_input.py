@@ -26,7 +26,7 @@ def cut(source, target, size):
 
 @pytest.mark.parametrize(
     "size, words",
-    [(None, "no such file"), *((n, "truncated") for n in (0, 100, 60_000))],
+    [(None, "No such file"), *((n, "truncated") for n in (0, 100, 60_000))],
 )
 def test_picture(run, model, folder, size, words):
     if size is not None:
@@ -174,7 +174,7 @@ def test_a_video_that_is_none(start, model, folder, content):
     data = (folder / "whole.mp4").read_bytes()
     (folder / "in.mp4").write_bytes(data[: len(data) // 2] if content == "truncated" else b"")
     result = start("classification.py", "--input", model, "in.mp4")
-    check_one_line(result, "in.mp4: no frame can be read", "truncated")
+    check_one_line(result, "in.mp4: 0 of 0 frames can be read", "truncated")
     assert "picture" not in result.stderr
 
 
