@@ -61,9 +61,7 @@ MODIFIERS = (*range(0xFFE1, 0xFFEF), 0xFE03, 0xFF7F)
 class RequestError(Exception):
     """The request can't be met. The message is the one line that the user reads."""
 
-    def __init__(self, message, exit_code=2):
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = 2
 
 
 def run(main):
@@ -95,7 +93,7 @@ def report(error):
         print(f"{Path(sys.argv[0]).name}: error: {source}{one_line(error)}", file=sys.stderr)
     else:  # of your own code, or a fault of ours
         traceback.print_exception(error)
-    return getattr(error, "exit_code", 2)
+    return getattr(error, "exit_code", RequestError.exit_code)
 
 
 def one_line(error):
@@ -160,7 +158,7 @@ def get_parser():
     add("--zoo", metavar="FILE", help="the file with the entries [models/models.yml or models.yml]")
     add("--input", nargs="+", default=[], metavar="FILE",
         help="the model (.onnx), pictures, folders, videos, a camera's number [a bundled picture]")
-    add("--model", default="", metavar="FILE", help="the model, if it isn't among --input")
+    add("--model", action="append", default=[], metavar="FILE", help="the model, or by --input")
     add("--config", default="", metavar="FILE", help="the .prototxt of a Caffe model, in OpenCV 4")
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
     add("--top_k", type=positive_int, default=1, metavar="K", help="answers per picture [1]")
@@ -192,8 +190,7 @@ def get_args():
     """The command line, over the options of its entry in models.yml: args.entry, {} for none."""
     parser = get_parser()
     args = parser.parse_args()
-    models = [item for item in args.input if item.lower().endswith(".onnx")]
-    models += [args.model] if args.model else []
+    models = args.model + [item for item in args.input if item.lower().endswith(".onnx")]
     if len(models) > 1 or not (models or args.alias):
         raise RequestError(f"{len(models)} models: name one .onnx file, --input MODEL.onnx PICTURE")
     zoo, name, entry = find_entry(args.alias, args.zoo, *models)
@@ -215,7 +212,7 @@ def get_args():
     args = parser.parse_args(namespace=parser.parse_args(options))
     args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
     args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
-    args.model = models[0] if models else args.model
+    args.model = (models + args.model + [""])[0]  # typed, else the entry's, else none
     args.labels = read_lines(find_file(args.classes, entry)) if args.classes else []
     return args
 
@@ -236,9 +233,8 @@ def find_entry(alias, zoo, model=None):
             names.append(name)
     if not alias:
         return Path(), "", {}
-    known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
-    searched = ", ".join(dict.fromkeys(map(os.path.normpath, paths)))
-    raise RequestError(f"no entry '{alias}' in {searched}: {known} (pictures go after --input)")
+    problem = f"no entry '{alias}' in {', '.join(map(str, paths))}, only {names}"
+    raise RequestError(f"{problem}: convert the network, or set --zoo (pictures go after --input)")
 
 
 def find_file(name, entry, folder=""):
@@ -320,7 +316,7 @@ def read_frames(name, kind):
     promised = max(0, capture.get(cv2.CAP_PROP_FRAME_COUNT))  # of some files, an estimate
     if number < max(1, 0.99 * promised - 1):
         problem = f"{number} of {promised:.0f} frames can be read (truncated? not there?)"
-        raise RequestError(f"{kind} {name}: {problem}", exit_code=1 if number else 2)
+        raise RequestError(f"{kind} {name}: {problem}")
 
 
 def read_picture(path):
@@ -343,17 +339,16 @@ def read_net(args):
     backend, target = BACKENDS[args.backend], TARGETS[args.target]
     if target not in cv2.dnn.getAvailableTargets(backend):  # OpenCV would silently use the CPU
         raise RequestError(f"this OpenCV has no --target {args.target} on --backend {args.backend}")
-    if not os.path.isfile(check_name(args.model)):
-        raise RequestError(f"{args.model}: no such file; give a converted model (.onnx)")
     # only our own: OpenCV's entry of googlenet, for instance, has the hash of an empty file
     if "made_from" in args.entry and get_load_info(args.model) != args.entry.get("load_info"):
-        raise RequestError(f"{args.model}: its SHA-1 isn't the one in {ZOO_NAME}; convert it again")
+        raise RequestError(f"{args.model}: missing, or not of {ZOO_NAME}'s SHA-1; convert it again")
     on_cpu = (args.backend, args.target) == ("default", "cpu")
     engine = [ENGINES[args.engine if on_cpu else "classic"]] if ENGINES else []
     try:
-        net = cv2.dnn.readNet(args.model, args.config, "", *engine)
+        net = cv2.dnn.readNet(check_name(args.model), args.config, "", *engine)
     except cv2.error as error:
-        raise RequestError(f"{args.model}: truncated, or not ONNX: {one_line(error)}") from None
+        problem = f"no such file, truncated, or not ONNX: {one_line(error)}"
+        raise RequestError(f"{args.model}: {problem}") from None
     net.setPreferableBackend(backend)
     net.setPreferableTarget(target)
     return net
@@ -401,21 +396,20 @@ def forward(net, blob):
 
 
 def get_answers(logits, names, top_k):
-    """[(text for stdout, text for the picture)], best first. names: of the classes, or empty."""
+    """Yield (text for stdout, for the picture), the best first. names: of the classes, or empty."""
     if len(logits) == 1:  # a value, which has no classes
         text = f"{names[0] if names else 'value'}: {logits[0]:.4f}"
-        return [(text, text)]
+        yield text, text
+        return
     probabilities = np.exp(logits.astype(np.float64) - logits.max())
     if logits.min() >= 0 and abs(logits.sum() - 1) < 1e-3:  # the network ends in a softmax
         probabilities = logits
-    answers = []
     for i in np.argsort(-logits, kind="stable")[:top_k]:
         name = names[i] if names else f"Class #{i}"
         percent = f"{100 * probabilities[i] / probabilities.sum():.1f} %"
         text = f"class ID: {i}, label: {name}\n* confidence: {logits[i]:.4f}"
         # in the picture the first synonym: some of ImageNet's names have many
-        answers.append((f"{text}\n* probability: {percent}", f"{name.split(',')[0]}: {percent}"))
-    return answers
+        yield f"{text}\n* probability: {percent}", f"{name.split(',')[0]}: {percent}"
 
 
 def annotate(picture, lines):
@@ -423,10 +417,9 @@ def annotate(picture, lines):
     height, width = picture.shape[:2]
     zoom = max(min(width / 900, height / (34 * len(lines))), LEAST_ZOOM)
     step, thickness = int(34 * zoom), max(1, round(1.5 * zoom))
-    room = height // step
-    if len(lines) > room:
-        kept = max(1, room - 1)
-        lines = [*lines[:kept], f"... and {len(lines) - 1 - kept} more"][:room]
+    kept = max(1, height // step - 1)
+    if len(lines) > kept + 1:
+        lines = [*lines[:kept], f"... and {len(lines) - 1 - kept} more"]
     for bottom, line in zip(range(step, height + 1, step), lines, strict=False):
         # measured as it is drawn: OpenCV 5.0.0's letters get wider with their thickness
         while (end := cv2.getTextSize(line, FONT, zoom, thickness)[0][0] + step) > width and line:
@@ -448,7 +441,7 @@ def fit(picture, size, limit):
 def get_output_paths(sources, args, window):
     """Yield each result's path: --output, or in that folder; numbered if an input or result has it.
 
-    None: not saved; a camera, or a video that is shown, if --output isn't given.
+    None: not saved; a video or a camera that is shown, if --output isn't given.
     """
     output = check_name(args.output or "results")
     is_folder = output.endswith(("/", os.sep)) or os.path.isdir(output) or not Path(output).suffix
@@ -463,19 +456,17 @@ def get_output_paths(sources, args, window):
         while os.path.realpath(path).lower() in taken:
             path = path.with_stem(f"{path.stem}_{number}")
         taken.add(os.path.realpath(path).lower())
-        is_saved = args.output or kind == "picture" or (kind == "video" and not window)
-        yield path if is_saved else None
+        yield path if args.output or kind == "picture" or not window else None
 
 
 def has_display():
     """Whether a window can be shown."""
-    if sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
-        return False
+    named = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
     # a child process tries: without a display Qt aborts instead of raising (OpenCV 5.0.0, exit
     # 134; https://github.com/opencv/opencv/issues/13682)
     probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
     try:
-        return subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
+        return named and subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
     except subprocess.TimeoutExpired:
         return False
 
@@ -500,15 +491,10 @@ def show(picture, seconds):
             return False
 
 
-def classify(source, output, net, args, seconds):
-    """Classify a picture, or each frame of a video; return whether the user quits.
-
-    output: the path of the result, or None; seconds: to show a picture, or None without a window.
-    """
+def classify(source, output, net, args):
+    """Yield the annotated picture, or each frame of a video, with its rate; save it as `output`."""
     last, writer = None, None
     warning = [RANDOM_WARNING] if Path(args.model).stem.endswith(RANDOM_SUFFIX) else []
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
     for title, picture, rate in read_frames(*source):
         logits, ms = forward(net, get_blob(picture, args))
         if args.classes and len(args.labels) != len(logits):
@@ -520,6 +506,8 @@ def classify(source, output, net, args, seconds):
             print(f"{title}:", *texts, *warning, time_text, sep="\n* ", flush=True)
         picture = picture if rate else fit(picture, (640, 480), max)  # room for the text
         annotate(picture, [*warning, *lines, time_text])
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
         if output and rate:  # the writer completes the file when it is deleted, also after Ctrl-C
             fourcc = cv2.VideoWriter_fourcc(*SAVED_VIDEOS[output.suffix.lower()])
             writer = writer or cv2.VideoWriter(str(output), fourcc, rate, picture.shape[1::-1])
@@ -534,28 +522,28 @@ def classify(source, output, net, args, seconds):
         if output and last is None:
             print(f"* saved: {output}", flush=True)
         last = logits.argmax()
-        if seconds and show(picture, 0 if rate else seconds):
-            return True
-    return False
+        yield picture, rate
 
 
 def main():
     args = get_args()
     sources, window = list(expand_sources(args.input)), has_display()
-    outputs = list(get_output_paths(sources, args, window))
+    jobs = list(zip(sources, get_output_paths(sources, args, window), strict=True))
     net = read_net(args)
     print("preprocessing:", ", ".join(f"{key} {getattr(args, key)}" for key in TORCHVISION))
     if window:
         print(KEYS)
-    code = 0
-    for number, (source, output) in enumerate(zip(sources, outputs, strict=True), 1):
-        seconds = 1 if number < len(sources) else np.inf  # as OpenCV 5's sample
+    code, answered = 0, False
+    for number, (source, output) in enumerate(jobs, 1):
+        seconds = 1 if number < len(jobs) else np.inf  # as OpenCV 5's sample
         try:
-            if classify(source, output, net, args, seconds if window else None):
-                break
+            for picture, rate in classify(source, output, net, args):
+                answered = True
+                if window and show(picture, 0 if rate else seconds):
+                    return min(code, 1)
         except (RequestError, cv2.error) as error:
             code = report(error)
-    return min(code, 1) if len(sources) > 1 else code
+    return min(code, 1) if answered else code
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ SEED = 0  # of random weights, and of the noise that networks are compared on
 class NetworksDisagree(RequestError):
     """OpenCV doesn't give PyTorch's answer."""
 
-    def __init__(self, message):
-        super().__init__(message, exit_code=1)
+    exit_code = 1
 
 
 def find_bundled(path):

@@ -535,5 +535,6 @@ def check_figures(figures):
         raise NetworksDisagree(f"PyTorch and OpenCV disagree on these pictures: {difference}")
     skipped = len(figures["skipped"])
     if skipped > MAX_SKIPPED * figures["pictures"]:
-        problem = f"{skipped} of {figures['pictures']} pictures can't be read"
-        raise RequestError(problem, exit_code=1)
+        error = RequestError(f"{skipped} of {figures['pictures']} pictures can't be read")
+        error.exit_code = 1
+        raise error
