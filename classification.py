@@ -158,7 +158,7 @@ def get_parser():
     add("--zoo", metavar="FILE", help="the file with the entries [models/models.yml or models.yml]")
     add("--input", nargs="+", default=[], metavar="FILE",
         help="the model (.onnx), pictures, folders, videos, a camera's number [a bundled picture]")
-    add("--model", action="append", default=[], metavar="FILE", help="the model, or by --input")
+    add("--model", action="append", default=[], metavar="FILE", help="the model, if not in --input")
     add("--config", default="", metavar="FILE", help="the .prototxt of a Caffe model, in OpenCV 4")
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
     add("--top_k", type=positive_int, default=1, metavar="K", help="answers per picture [1]")
@@ -341,7 +341,7 @@ def read_net(args):
         raise RequestError(f"this OpenCV has no --target {args.target} on --backend {args.backend}")
     # only our own: OpenCV's entry of googlenet, for instance, has the hash of an empty file
     if "made_from" in args.entry and get_load_info(args.model) != args.entry.get("load_info"):
-        raise RequestError(f"{args.model}: missing, or not of {ZOO_NAME}'s SHA-1; convert it again")
+        raise RequestError(f"{args.model}: missing, or not of its entry's SHA-1; convert it again")
     on_cpu = (args.backend, args.target) == ("default", "cpu")
     engine = [ENGINES[args.engine if on_cpu else "classic"]] if ENGINES else []
     try:
