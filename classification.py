@@ -330,7 +330,7 @@ def read_picture(path):
     except cv2.error:  # an empty file, or more than 2**30 pixels
         picture = None
     if picture is None:
-        raise RequestError(f"{path}: truncated, not a picture, or of float32 pixels (use 8 bits)")
+        raise RequestError(f"{path}: truncated, or not a picture for OpenCV (float32? use 8 bits)")
     return picture
 
 
@@ -461,12 +461,12 @@ def get_output_paths(sources, args, window):
 
 def has_display():
     """Whether a window can be shown."""
-    named = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
+    unset = sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
     # a child process tries: without a display Qt aborts instead of raising (OpenCV 5.0.0, exit
     # 134; https://github.com/opencv/opencv/issues/13682)
     probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
     try:
-        return named and subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
+        return not unset and subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
     except subprocess.TimeoutExpired:
         return False
 

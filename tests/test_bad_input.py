@@ -181,7 +181,7 @@ def test_a_video_that_is_none(start, model, folder, content):
 def test_a_float_picture_is_refused(run, model, folder):
     cv2.imwrite(str(folder / "f.tiff"), np.full((9, 9, 3), 0.5, np.float32))
     result = run("classification.py", "--input", model, "f.tiff")
-    check_one_line(result, "f.tiff", "or of float32 pixels (use 8 bits)")
+    check_one_line(result, "f.tiff", "float32? use 8 bits")
 
 
 @pytest.mark.parametrize("output", ["x.png", "x.pgm", "results.d/x.jpg"])

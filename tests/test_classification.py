@@ -200,7 +200,7 @@ def test_a_file_that_was_changed_is_refused(run, folder, model):
 
 
 def test_one_bad_picture_of_several(run, model, folder):
-    """It is reported, the others are classified, and the exit code is 1."""
+    """It is reported, the others are classified, and the exit code is 1; 2 if all are bad."""
     (folder / "pictures").mkdir()
     for name in ("a.jpg", "c.jpg"):
         shutil.copy(KOALA, folder / "pictures" / name)
@@ -208,6 +208,11 @@ def test_one_bad_picture_of_several(run, model, folder):
     result = run("classification.py", "--input", model, "pictures")
     check_one_line(result, "b.jpg", "truncated", code=1)
     assert result.stdout.count("* class ID") == 2
+    result = run("classification.py", "--input", model, "nope.jpg", KOALA)
+    check_one_line(result, "nope.jpg", code=1)
+    assert result.stdout.count("* class ID") == 1
+    result = run("classification.py", "--input", model, "nope.jpg", "pictures/b.jpg")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 2)
 
 
 def test_a_reader_that_has_seen_enough(folder, env, model):
