@@ -50,9 +50,7 @@ SAVED_PICTURES = (".png", ".jpg", ".jpeg")  # of results
 SAVED_VIDEOS = {".mp4": "mp4v", ".avi": "MJPG"}  # and their codecs
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
-LEAST_ZOOM = 0.45  # the font scale at which capitals are 9 px high: nobody can read smaller ones
 WINDOW = "Classification with OpenCV DNN"
-KEYS = "keys in the window: q or Esc ends the program, space pauses, any other key goes on"
 # OpenCV 5.0.0's Qt returns these, too, if they are pressed alone, and has X11's codes for them:
 # Shift, Control, Caps Lock, Alt and the like; AltGr; Num Lock.
 MODIFIERS = (*range(0xFFE1, 0xFFEF), 0xFE03, 0xFF7F)
@@ -150,20 +148,18 @@ def positive_int(text):
     return int(text)
 
 
-# fmt: off
 def get_parser():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("alias", nargs="?", metavar="NAME", help="entry of models.yml; options win over it")
     add("--zoo", metavar="FILE", help="the file with the entries [models/models.yml or models.yml]")
-    add("--input", nargs="+", default=[], metavar="FILE",
-        help="the model (.onnx), pictures, folders, videos, a camera's number [a bundled picture]")
-    add("--model", action="append", default=[], metavar="FILE", help="the model, if not in --input")
+    text = "the model (.onnx), pictures, folders, videos, a camera's number [a bundled picture]"
+    add("--input", nargs="+", default=[], metavar="FILE", help=text)
+    add("--model", default="", metavar="FILE", help="the model, if it isn't among --input")
     add("--config", default="", metavar="FILE", help="the .prototxt of a Caffe model, in OpenCV 4")
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
     add("--top_k", type=positive_int, default=1, metavar="K", help="answers per picture [1]")
-    add("--output", metavar="PATH",
-        help="file or folder of the results [results, if it isn't a video that is shown]")
+    add("--output", metavar="PATH", help="file or folder of results [results, but no shown video]")
     add = parser.add_argument_group("preprocessing, of blobFromImage").add_argument
     add("--scale", type=non_zero, metavar="V", help="multiply by this, after the mean [1.0]")
     add("--mean", type=finite, nargs=3, metavar="V", help="subtract; R G B if --rgb [0 0 0]")
@@ -177,20 +173,18 @@ def get_parser():
     add("--initial_width", **size, help="resize the picture to this width first [no resize]")
     add("--initial_height", **size, help="resize the picture to this height first [no resize]")
     add = parser.add_argument_group("inference").add_argument
-    add("--engine", choices=list(ENGINES) or ["auto"], default="auto",
-        help="new is OpenCV 5's own, classic OpenCV 4's, ort ONNX Runtime [auto]")
-    add("--backend", choices=list(BACKENDS), default="default",
-        help="another one than the default runs on the classic engine")
-    add("--target", choices=list(TARGETS), default="cpu", help="the same [cpu]")
+    add("--engine", choices=ENGINES or ["auto"], default="auto", help="OpenCV 5's new, 4's classic")
+    add("--backend", choices=BACKENDS, default="default", help="any other: on the classic engine")
+    add("--target", choices=TARGETS, default="cpu", help="the same [cpu]")
     return parser
-# fmt: on
 
 
 def get_args():
     """The command line, over the options of its entry in models.yml: args.entry, {} for none."""
     parser = get_parser()
     args = parser.parse_args()
-    models = args.model + [item for item in args.input if item.lower().endswith(".onnx")]
+    models = [item for item in args.input if item.lower().endswith(".onnx")]
+    models += [args.model] if args.model else []
     if len(models) > 1 or not (models or args.alias):
         raise RequestError(f"{len(models)} models: name one .onnx file, --input MODEL.onnx PICTURE")
     zoo, name, entry = find_entry(args.alias, args.zoo, *models)
@@ -212,7 +206,7 @@ def get_args():
     args = parser.parse_args(namespace=parser.parse_args(options))
     args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
     args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
-    args.model = (models + args.model + [""])[0]  # typed, else the entry's, else none
+    args.model = models[0] if models else args.model
     args.labels = read_lines(find_file(args.classes, entry)) if args.classes else []
     return args
 
@@ -233,8 +227,9 @@ def find_entry(alias, zoo, model=None):
             names.append(name)
     if not alias:
         return Path(), "", {}
-    problem = f"no entry '{alias}' in {', '.join(map(str, paths))}, only {names}"
-    raise RequestError(f"{problem}: convert the network, or set --zoo (pictures go after --input)")
+    known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
+    where = ", ".join(map(str, paths))
+    raise RequestError(f"no entry '{alias}' in {where}: {known} (pictures go after --input)")
 
 
 def find_file(name, entry, folder=""):
@@ -321,16 +316,19 @@ def read_frames(name, kind):
 
 def read_picture(path):
     """The picture as uint8 BGR (height, width, 3), turned as its EXIF says; or RequestError."""
+    problem = "truncated, or not a picture that OpenCV can read"
     try:
         data = np.frombuffer(Path(path).read_bytes(), np.uint8)
         # imdecode, because imread fills the missing part of a truncated JPEG with grey
         picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        if picture is None and cv2.imdecode(data, cv2.IMREAD_UNCHANGED) is not None:
+            problem = "pixels of an unusual type, float32 for one; use 8 bits"
     except OSError as error:
         raise RequestError(one_line(error)) from None
     except cv2.error:  # an empty file, or more than 2**30 pixels
         picture = None
     if picture is None:
-        raise RequestError(f"{path}: truncated, or not a picture for OpenCV (float32? use 8 bits)")
+        raise RequestError(f"{path}: {problem}")
     return picture
 
 
@@ -415,7 +413,7 @@ def get_answers(logits, names, top_k):
 def annotate(picture, lines):
     """Write lines into the top left corner; those without room are counted, the last goes first."""
     height, width = picture.shape[:2]
-    zoom = max(min(width / 900, height / (34 * len(lines))), LEAST_ZOOM)
+    zoom = max(min(width / 900, height / (34 * len(lines))), 0.45)  # capitals of 9 px or more
     step, thickness = int(34 * zoom), max(1, round(1.5 * zoom))
     kept = max(1, height // step - 1)
     if len(lines) > kept + 1:
@@ -441,7 +439,7 @@ def fit(picture, size, limit):
 def get_output_paths(sources, args, window):
     """Yield each result's path: --output, or in that folder; numbered if an input or result has it.
 
-    None: not saved; a video or a camera that is shown, if --output isn't given.
+    None: not saved; a camera, or a video that is shown, if --output isn't given.
     """
     output = check_name(args.output or "results")
     is_folder = output.endswith(("/", os.sep)) or os.path.isdir(output) or not Path(output).suffix
@@ -456,17 +454,19 @@ def get_output_paths(sources, args, window):
         while os.path.realpath(path).lower() in taken:
             path = path.with_stem(f"{path.stem}_{number}")
         taken.add(os.path.realpath(path).lower())
-        yield path if args.output or kind == "picture" or not window else None
+        is_saved = args.output or kind == "picture" or (kind == "video" and not window)
+        yield path if is_saved else None
 
 
 def has_display():
     """Whether a window can be shown."""
-    unset = sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
+    if sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
+        return False
     # a child process tries: without a display Qt aborts instead of raising (OpenCV 5.0.0, exit
     # 134; https://github.com/opencv/opencv/issues/13682)
     probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
     try:
-        return not unset and subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
+        return subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
     except subprocess.TimeoutExpired:
         return False
 
@@ -501,11 +501,11 @@ def classify(source, output, net, args):
             problem = f"{len(args.labels)} lines, but the network has {len(logits)} outputs"
             raise RequestError(f"{args.classes}: {problem}")
         texts, lines = zip(*get_answers(logits, args.labels, args.top_k), strict=True)
-        time_text = f"inference time: {ms:.1f} ms"
+        duration = f"inference time: {ms:.1f} ms"
         if logits.argmax() != last:  # of a video, what changes
-            print(f"{title}:", *texts, *warning, time_text, sep="\n* ", flush=True)
+            print(f"{title}:", *texts, *warning, duration, sep="\n* ", flush=True)
         picture = picture if rate else fit(picture, (640, 480), max)  # room for the text
-        annotate(picture, [*warning, *lines, time_text])
+        annotate(picture, [*warning, *lines, duration.capitalize()])
         if output:
             output.parent.mkdir(parents=True, exist_ok=True)
         if output and rate:  # the writer completes the file when it is deleted, also after Ctrl-C
@@ -532,7 +532,7 @@ def main():
     net = read_net(args)
     print("preprocessing:", ", ".join(f"{key} {getattr(args, key)}" for key in TORCHVISION))
     if window:
-        print(KEYS)
+        print("keys in the window: q or Esc ends the program, space pauses, any other key goes on")
     code, answered = 0, False
     for number, (source, output) in enumerate(jobs, 1):
         seconds = 1 if number < len(jobs) else np.inf  # as OpenCV 5's sample
