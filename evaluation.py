@@ -85,7 +85,7 @@ def check_evaluation(network, preprocessing, data, outputs, args):
             raise RequestError(f"{problem}, but the network's classes are 0 to {classes - 1}")
     fit_labels(data.names, args.classes, classes)
     if p.initial_width < p.width or p.initial_height < p.height:
-        raise RequestError(f"--rsz_width or --rsz_height is less than --frame_size {p.width}")
+        raise RequestError(f"--rsz_width or --rsz_height is less than {p.width}x{p.height} pixels")
     if args.preprocess == "torchvision" and network.transforms is None:
         raise RequestError("--preprocess torchvision is for torchvision's networks: leave it out")
     if args.preprocess == "torchvision":

@@ -14,11 +14,10 @@ Your own network: weights you trained, or a function that returns any nn.Module:
 Output goes to models/, results/ and logs/ in the current folder.
 """
 
-import dataclasses
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from classification import (
@@ -68,7 +67,7 @@ def get_parser():
     add("--weights", default="", metavar="W",
         help="the name of torchvision's weights (IMAGENET1K_V1, DEFAULT ...), a checkpoint file, "
         "or 'random' (default: torchvision's first, or those that MODULE:FUNCTION returns)")
-    add("--weights_key", metavar="KEY",
+    add("--weights_key", default="", metavar="KEY",
         help="which state dict in a checkpoint file, model_ema for instance (default: the first "
         "that fits)")
     add("--allow_branches", default=False, **yes_no,
@@ -86,7 +85,7 @@ def get_parser():
     add_config(parser, TestClsConfig, "evaluation mode: TestClsConfig in test_config.py")
     add_config(parser, TestClsModuleConfig, "test mode: TestClsModuleConfig in test_config.py",
         "These defaults apply with --default_img_preprocess False. Evaluation mode\n"
-        "takes --scale, --mean, --std and --rsz_* as well.")
+        "takes --scale, --mean, --std, --frame_* and --rsz_* as well.")
     return parser
 # fmt: on
 
@@ -94,10 +93,10 @@ def get_parser():
 def add_config(parser, config_class, title, description=None):
     """Add an option for each field of the dataclass that has metadata for it."""
     group = parser.add_argument_group(title, description)
-    for field in dataclasses.fields(config_class):
+    for field in fields(config_class):
         if field.metadata:
-            default = getattr(config_class(), field.name)
-            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            default = field.default
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             text = f"{field.metadata['help']} (default: {'none' if shown in ('', None) else shown})"
             group.add_argument(f"--{field.name}", **{**field.metadata, "help": text})
 
@@ -108,32 +107,24 @@ def get_args():
     Raises RequestError for options that have no effect, or don't go together.
     """
     args = get_parser().parse_args()
-    if args.list_models:
-        return args
-    if args.model_name is None:
+    if not (args.model_name or args.list_models):
         raise RequestError("--model_name is missing (see --help)")
     if args.evaluate is None:
         args.evaluate = not args.test
     width, height = args.frame_width or args.frame_size, args.frame_height or args.frame_size
-    args.request = Request(args.model_name, args.weights, args.weights_key or "", width, height)
-    for names, unused, where in (
-        ("crop rgb", args.evaluate and not args.test, "on an evaluation"),
-        ("weights_key", not args.request.is_file, "without --weights FILE"),
-    ):
-        for name in names.split():
-            if unused and getattr(args, name) is not None:
-                raise RequestError(f"--{name} has no effect {where}; leave it out")
+    args.request = Request(args.model_name, args.weights, args.weights_key, width, height)
+    if args.weights_key and not args.request.is_file:
+        raise RequestError("--weights_key has no effect without --weights FILE; leave it out")
+    if args.evaluate and not args.test and (args.crop, args.rgb) != (None, None):
+        raise RequestError("--crop and --rgb have no effect on an evaluation; leave them out")
     if (args.rsz_width is None) != (args.rsz_height is None):
         raise RequestError("--rsz_width and --rsz_height go together")
-    if args.evaluate and args.frame_width != args.frame_height:
-        raise RequestError("an evaluation takes square frames: give --frame_size instead")
     return args
 
 
 def fill_config(config_class, args):
     """The dataclass with the options of the command line."""
-    names = [field.name for field in dataclasses.fields(config_class)]
-    given = {name: getattr(args, name, None) for name in names}
+    given = {field.name: getattr(args, field.name, None) for field in fields(config_class)}
     return config_class(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -232,9 +223,7 @@ def main():
     if args.test and not Path(module_config.test_module_path).is_file():
         raise RequestError(f"--test_module_path {module_config.test_module_path}: no such file")
     picture, names = read_picture(module_config.input_img), read_lines(module_config.classes)
-    data = None
-    if args.evaluate:
-        data = get_data(config, args, names)
+    data = get_data(config, args, names) if args.evaluate else None
     join_processes()  # torchrun's
     with first_process_first():
         network, converted = get_converted(args, module_config, picture, names, data)

@@ -20,8 +20,6 @@ def option(default, text, parse=str, **how):
     """A dataclass field, with what argparse needs to know of it as its metadata."""
     metavar = {positive_int: "N", parse_bool: "BOOL"}.get(parse, "V")
     metadata = {"type": parse, "metavar": metavar, **how, "help": text}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -52,14 +50,14 @@ class TestClsModuleConfig:
     test_module_name: str = option("classification", "suffix of the result's file name")
     test_module_path: str = option("classification.py", "the script that test mode runs")
     input_img: str = option(os.path.join(CLS_TEST_DATA_DIR, "red_panda.jpg"), "the test picture")
-    model: str = ""  # filled in: the converted network
+    model: str = ""  # the tutorial's; here test mode always runs the converted one
     frame_height: int = option(TestClsConfig.frame_size, "height of the blob, px", positive_int)
     frame_width: int = option(TestClsConfig.frame_size, "width of the blob, px", positive_int)
     scale: float = option(1.0, "blobFromImage's scalefactor", non_zero)
-    mean: list = option(
-        [0.0, 0.0, 0.0], "blobFromImage's mean, subtracted before scaling", finite, nargs=3
+    mean: tuple = option(
+        (0.0, 0.0, 0.0), "blobFromImage's mean, subtracted before scaling", finite, nargs=3
     )
-    std: list = option([], "divide the channels of the blob by these", non_zero, nargs=3)
+    std: tuple = option((), "divide the channels of the blob by these", non_zero, nargs=3)
     crop: bool = option(False, "blobFromImage's crop", parse_bool)
     rgb: bool = option(True, "blobFromImage's swapRB", parse_bool)
     rsz_height: int = option(None, "resize the picture to this height first, px", positive_int)

@@ -266,14 +266,13 @@ def test_unknown_network(run, name, near):
         ("--batch_size 0", "--batch_size"),
         (
             "--weights random --rsz_width 200 --rsz_height 200",
-            "--rsz_height is less than --frame_size 224",
+            "--rsz_height is less than 224x224 pixels",
         ),
         ("--test True --mean 1 2", "--mean"),
         ("--test True --std 0 1 1", "--std"),
         ("--test True --crop perhaps", "'perhaps'"),
         ("--test True --test_module_path nope.py", "nope.py"),
         ("--test True --classes nope.txt", "nope.txt"),
-        ("--frame_width 192", "--frame_size"),
         ("--mean 1 2 nan", "'nan'"),
         ("--test True --input_img nope.jpg", "nope.jpg"),
         ("--img_root_dir nope", "nope"),
@@ -303,6 +302,10 @@ def test_label_file(run, folder, text, words):
     options = ["--model_name", "resnet18", "--img_root_dir", PICTURES]
     check_one_line(run("py_to_py_cls.py", *options), "val.txt", words)
     check_nothing_written(folder, "val.txt")
+
+
+def test_no_network(run):
+    check_one_line(run("py_to_py_cls.py"), "--model_name is missing")
 
 
 def test_empty_option(run):
@@ -353,16 +356,16 @@ def test_picture_for_the_walk_through(run, folder):
 
 
 @pytest.mark.parametrize(
-    "options, name",
+    "options, words",
     [
-        ("--crop True", "--crop"),
-        ("--rgb False", "--rgb"),
-        ("--weights_key model_ema", "--weights_key"),
+        ("--crop True", "--crop and --rgb have no effect on an evaluation"),
+        ("--rgb False", "--crop and --rgb have no effect on an evaluation"),
+        ("--weights_key model_ema", "--weights_key has no effect"),
     ],
 )
-def test_options_without_effect_are_refused(run, folder, options, name):
+def test_options_without_effect_are_refused(run, folder, options, words):
     result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options.split())
-    check_one_line(result, f"{name} has no effect")
+    check_one_line(result, words)
     check_nothing_written(folder)
 
 

@@ -140,16 +140,27 @@ def test_own_architecture(run, folder):
     assert read_answer(result.stdout) == (answer[0], pytest.approx(2 * logits.max(), abs=1e-4))
 
 
-def test_evaluation_of_pictures_that_are_not_square(run, folder):
-    """A network that carries timm's pretrained_cfg, for pictures 48 px wide and 32 px high."""
-    config = {"input_size": (3, 32, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.8}
-    write(folder / "my_module.py", more=f"Net.pretrained_cfg = {config}")
+WIDE = {"input_size": (3, 32, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.8}
+
+
+@pytest.mark.parametrize(
+    "more, size, name",
+    [
+        (f"Net.pretrained_cfg = {WIDE}", "", "my_module-build"),
+        ("", "--frame_width 48 --frame_height 32", "my_module-build-48-32"),
+    ],
+)
+def test_evaluation_of_pictures_that_are_not_square(run, folder, more, size, name):
+    """48 px wide and 32 px high, as timm's pretrained_cfg or the options say it."""
+    write(folder / "my_module.py", more=more)
     labels = folder / "labels.txt"
     labels.write_text("".join(f"{picture.name} 0\n" for picture in sorted(PICTURES.glob("*.jpg"))))
-    options = ["--img_root_dir", PICTURES, "--img_cls_file", labels]
+    options = ["--img_root_dir", PICTURES, "--img_cls_file", labels, *size.split()]
     result = run("py_to_py_cls.py", "--model_name", "my_module:build", *options)
     assert result.returncode == 0, result.stderr
     assert re.search(r"same class (\d+) of \1\n", result.stdout)
+    summary = json.loads((folder / "logs" / f"{name}_summary.json").read_text())
+    assert "width=48, height=32," in summary["preprocessing"]
 
 
 def test_your_files_win_over_ours(run, folder):
