@@ -119,7 +119,6 @@ def main():
     for engine in [args.engine] if args.engine else engines:
         print(f"{engine} engine: first wrong node: ", end="", flush=True)
         print(locate(args.model, engine))
-    return 0
 
 
 if __name__ == "__main__":

@@ -151,7 +151,6 @@ def list_models():
             f"{name:20}{transforms.resize_size[0]:8}{transforms.crop_size[0]:7}"
             f"{accuracy['acc@1']:7.2f} %{accuracy['acc@5']:7.2f} %  {entry.name}"
         )
-    return 0
 
 
 def get_converted(args, module_config, picture, names, data):

@@ -220,7 +220,6 @@ def main():
     logits = [run_opencv(net, blob) for blob in blobs]
     seconds = time_pass(lambda: run_opencv(net, blobs[0]))
     np.savez(Path(folder, "logits.npz"), *logits, seconds)
-    return 0
 
 
 if __name__ == "__main__":
