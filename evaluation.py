@@ -12,7 +12,6 @@ import contextlib
 import csv
 import ctypes
 import datetime
-import hashlib
 import json
 import os
 import shutil
@@ -179,13 +178,12 @@ def evaluate_batch(networks, blob, rows):
 
 def get_key(network, converted, preprocessing, data, config, args):
     """Everything that the figures depend on: only a run with the same key is resumed."""
-    pictures = hashlib.sha256()
+    pictures = []
     for name, label in data.pictures:
         path = os.path.join(data.root, name)
         # not the pixels, which takes as long as decoding; nobody can set st_ctime_ns back
         s = os.stat(path) if os.path.isfile(path) else None
-        changed = s and (s.st_size, s.st_mtime_ns, s.st_ctime_ns)
-        pictures.update(ascii((name, label, changed)).encode())
+        pictures.append((name, label, s and (s.st_size, s.st_mtime_ns, s.st_ctime_ns)))
     return {
         "network": network.request.name,
         "weights": network.weights,
@@ -194,7 +192,7 @@ def get_key(network, converted, preprocessing, data, config, args):
         "engine": choose_engine(converted, args.engine),
         "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
         "pictures_root": data.root,
-        "pictures_sha256": pictures.hexdigest(),
+        "pictures_sha256": get_hash(pictures),
         "batch_size": config.batch_size,
         "preprocess": args.preprocess,
         "preprocessing": repr(preprocessing),
