@@ -122,16 +122,13 @@ class Preprocessing:
     initial_height: int | None = None
 
 
-# What test_config.py and default_preprocess_config.py call some fields of Preprocessing.
-TUTORIAL_NAMES = {"rsz_width": "initial_width", "rsz_height": "initial_height"}
-
-
 def read_tutorial(values):
     """{field: value} of Preprocessing from the tutorial's {name: value}; None is left out.
 
-    So is the frame's size, of which a network is made: it's in networks.Request.
+    It calls initial_width rsz_width. The frame's size, of which a network is made, is left out as
+    well: it's in networks.Request.
     """
-    named = {TUTORIAL_NAMES.get(name, name): value for name, value in values.items()}
+    named = {name.replace("rsz_", "initial_"): value for name, value in values.items()}
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in named.items()
