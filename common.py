@@ -93,18 +93,13 @@ def write_entry(converted, preprocessing, classes, options):
     text = re.sub(r"^\.\.\.\s*\Z", "", text, flags=re.M)  # nothing may follow YAML's end mark
     # the older entry ends before the next line that isn't indented
     text = re.sub(rf"^{re.escape(name)} *:.*\n?(?:[ \t].*\n?|\n)*", "", text, flags=re.M)
-    lines = "".join(f"  {key}: {to_yaml(value)}\n" for key, value in entry.items())
+    lines = (f"  {key}: {json.dumps(v, ensure_ascii=False)}\n" for key, v in entry.items())
+    # JSON is YAML, but cv2 doesn't take keys in quotes
+    lines = re.sub(r'"(\w+)":', r"\1:", "".join(lines))
     with whole_file(path) as part:
         part.write_text(f"{text.rstrip()}\n{name}:\n{lines}", "utf-8")
         read_zoo(part)
     print(f"{path}: python classification.py {name}")
-
-
-def to_yaml(value):
-    """A value of an entry in one line; JSON is YAML, but cv2 doesn't take keys in quotes."""
-    if isinstance(value, dict):
-        return f"{{ {', '.join(f'{key}: {to_yaml(item)}' for key, item in value.items())} }}"
-    return json.dumps(value, ensure_ascii=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_entry_of_a_converted_network(run, start, folder, weights):
     }
     raw = read_raw(path, name)
     sha1 = hashlib.sha1((folder / "models" / f"{name}.onnx").read_bytes()).hexdigest()
-    assert f'  load_info: {{ sha1: "{sha1}" }}\n' in raw
+    assert f'  load_info: {{sha1: "{sha1}"}}\n' in raw
     assert "  rgb: true\n" in raw and "  outputs: 1000\n" in raw
     engines = read_zoo(path)[name]["engines"]
     assert sorted(engines) == ["classic", "new"] and f'  engine: "{engines[0]}"\n' in raw
