@@ -98,8 +98,6 @@ def load_network(request, or_random=True):
 
 def load_torchvisions(request, or_random):
     """The Network of a Request for one of torchvision's classifiers."""
-    import torch
-
     name, known = request.name, get_torchvision_weights(request.name)
     default = next(iter(known.values()))
     entry = known.get(request.weights.upper()) if request.weights else default
@@ -120,7 +118,6 @@ def load_torchvisions(request, or_random):
         raise RequestError(f"--weights {request.weights}: not a file, and not one of {choices}")
     if model is None:
         request, weights, published = replace(request, weights=RANDOM), RANDOM, {}
-        torch.manual_seed(SEED)
         model = build()
     return Network(request, weights, model.eval(), preprocessing, True, transforms, published)
 
@@ -145,8 +142,10 @@ def get_torchvision_weights(name):
 
 def build_torchvisions(name, size, **options):
     """The network for pictures of `size` px; options: torchvision's, weights or num_classes."""
+    import torch
     from torchvision import models
 
+    torch.manual_seed(SEED)
     if name.startswith("vit_"):  # it has a parameter for each patch of the picture
         options["image_size"] = size
     try:
@@ -183,9 +182,6 @@ def download_torchvisions(name, build, entry, or_random):
 
 def load_own(request):
     """The Network of a Request for "module:function"."""
-    import torch
-
-    torch.manual_seed(SEED)
     if request.is_file:
         model, weights = load_weights(request, partial(build_own, request.name)), request.weights
     elif request.weights and not request.is_random:
@@ -205,6 +201,7 @@ def build_own(name):
     """
     import torch
 
+    torch.manual_seed(SEED)
     module_name, _, function_name = name.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise RequestError(f"--model_name {name}: '{module_name}' isn't the name of a module")
