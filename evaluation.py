@@ -456,8 +456,7 @@ def evaluate(network, converted, preprocessing, data, config, args):
     buffer = np.empty((size, 3, p.height, p.width), np.float32)
     network.model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     net = cv2.dnn.readNetFromONNX(str(converted.path), ENGINES[key["engine"]])
-    pytorch = partial(run_pytorch, network.model, memory_format=torch.channels_last)
-    networks = {"pytorch": pytorch, "opencv": partial(run_opencv, net)}
+    networks = {"pytorch": partial(run_pytorch, network.model), "opencv": partial(run_opencv, net)}
     start = time.perf_counter()
     interrupted = run_batches(missing, data.root, networks, make_blob, buffer, folder)
     seconds = time.perf_counter() - start

@@ -423,7 +423,7 @@ def run_forward(model, batch):
         raise RequestError(f"{problem}; if it wants another size, give --frame_size") from None
 
 
-def run_pytorch(model, blob, memory_format=None):
+def run_pytorch(model, blob):
     """PyTorch's logits, (batch, classes), for a float32 blob (batch, 3, height, width).
 
     Raises RequestError if it isn't a classifier, or its code fails.
@@ -431,8 +431,7 @@ def run_pytorch(model, blob, memory_format=None):
     import torch
 
     # a copy: a network that changes its input in place would change OpenCV's as well
-    batch = torch.from_numpy(blob).clone(memory_format=memory_format or torch.contiguous_format)
-    logits = run_forward(model, batch)
+    logits = run_forward(model, torch.from_numpy(blob).clone())
     shape = tuple(getattr(logits, "shape", ()))
     if len(shape) != 2 or shape[0] != len(blob) or not shape[1] or logits.dtype != torch.float32:
         found = f"{logits.dtype} of shape {shape}" if shape else type(logits).__name__

@@ -99,7 +99,7 @@ def get_logits(name, folder, engine, number):
     blob = np.concatenate(blobs)
     net = cv2.dnn.readNetFromONNX(f"models/{name}-random.onnx", ENGINES[engine])
     model = network.model.to(memory_format=torch.channels_last)
-    logits = run_pytorch(model, blob, memory_format=torch.channels_last)
+    logits = run_pytorch(model, blob)
     return np.stack([logits, run_opencv(net, blob)])
 
 
