@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from classification import ENGINES, RequestError, get_blob, read_picture
-from common import NetworksDisagree, get_hash, whole_file
+from common import NetworksDisagree, get_hash, read_tutorial, whole_file
 from labelled_pictures import MAX_SKIPPED, fit_labels
 from networks import RANDOM, read_transforms, run_pytorch
 from test_config import LOGS_DIR
@@ -69,9 +69,10 @@ class Row(NamedTuple):
     skipped: str = None  # why the picture can't be read
 
 
-def check_evaluation(network, preprocessing, data, outputs, args):
+def check_evaluation(network, data, outputs, args):
     """Raise RequestError for an evaluation that is impossible, or whose figures mean nothing."""
-    p, classes = preprocessing, max(outputs, 2)  # a single logit tells class 0 from class 1
+    p = replace(network.preprocessing, **read_tutorial(vars(args)))
+    classes = max(outputs, 2)  # a single logit tells class 0 from class 1
     if data.bundled and classes != 1000:
         problem = f"the bundled pictures are of ImageNet's 1000 classes, the network has {classes}"
         raise RequestError(f"{problem}: give --img_root_dir, --test True or --evaluate False")
@@ -267,7 +268,7 @@ def get_figures(rows, total):
     return figures
 
 
-def get_summary(title, figures, about, describe):
+def get_summary(title, figures, about, names):
     """The lines that end the log and the output: what is odd, then a table of both networks."""
     skipped, apart, read = figures["skipped"], figures["disagreements"], figures["read"]
     lines = [f"skipped: {len(skipped)} pictures that can't be read"] if skipped else []
@@ -295,7 +296,7 @@ def get_summary(title, figures, about, describe):
     lines.append(f"OpenCV's engine: {about['engine']}; threads: {threads}{each}")
     lines.append(f"PyTorch vs OpenCV: {Difference(**figures['difference'])}")
     lines += ["most often confused, label -> PyTorch's answer:"] if figures["confused"] else []
-    lines += [f"* {describe(a)} -> {describe(b)}: {n}" for a, b, n in figures["confused"]]
+    lines += [f"* {names[a]} -> {names[b]}: {n}" for a, b, n in figures["confused"]]
     return lines
 
 
@@ -334,7 +335,7 @@ def draw_times(table, figures, title, path):
         figure.savefig(part, dpi=120)
 
 
-def draw_wrong(table, root, describe, title, path):
+def draw_wrong(table, root, names, title, path):
     """Draw the twelve wrong pictures of which PyTorch was most sure; no file if none are."""
     from matplotlib.figure import Figure
 
@@ -353,7 +354,7 @@ def draw_wrong(table, root, describe, title, path):
         axes.set_frame_on(False)
         axes.imshow(cv2.resize(picture, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA))
         axes.set_aspect("equal", adjustable="datalim")
-        label, answer = describe(row.label)[:30], describe(row.pytorch_class)[:30]
+        label, answer = names[row.label][:30], names[row.pytorch_class][:30]
         percent = 100 * row.pytorch_probability
         axes.set_xlabel(f"label: {label}\nPyTorch: {answer}, {percent:.0f} %", fontsize=12)
     with whole_file(path) as part:
@@ -367,11 +368,8 @@ def write_results(name, rows, figures, about, names):
     csv_path, log, summary, chart, wrong = paths
     weights = about["weights"]
     title = f"{name}, {'RANDOM' if weights == RANDOM else weights} weights"
-
-    def describe(class_id):
-        return names[class_id].partition(",")[0] if names else f"class {class_id}"
-
-    table, lines = get_table(rows), get_summary(title, figures, about, describe)
+    names = [name.partition(",")[0] for name in names]  # the first of its synonyms
+    table, lines = get_table(rows), get_summary(title, figures, about, names)
     # backslashreplace: the name of a file may have bytes that aren't UTF-8
     how = {"encoding": "utf-8", "errors": "backslashreplace"}
     with whole_file(csv_path) as part, open(part, "w", newline="", **how) as file:
@@ -382,7 +380,7 @@ def write_results(name, rows, figures, about, names):
         part.write_text(json.dumps(about | figures, indent=2) + "\n", "utf-8")
     draw_times(table, figures, f"{title}: inference time, {len(table)} pictures", chart)
     title = f"{title}: the surest of the wrong answers"
-    draw_wrong(table, about["pictures_root"], describe, title, wrong)
+    draw_wrong(table, about["pictures_root"], names, title, wrong)
     kinds = ("table", "log", "summary", "chart", "wrong pictures")
     lines += [f"{kind}: {path}" for kind, path in zip(kinds, paths, strict=True) if path.exists()]
     print(*lines, sep="\n", flush=True)
@@ -427,7 +425,7 @@ def first_process_first():
         gather(None)
 
 
-def evaluate(network, converted, preprocessing, data, config, args):
+def evaluate(network, converted, data, config, args):
     """Run both networks over the pictures and write the results.
 
     Resumes a stopped run with the same key. Raises NetworksDisagree if the networks do,
@@ -436,7 +434,8 @@ def evaluate(network, converted, preprocessing, data, config, args):
     """
     import torch
 
-    p, total = replace(preprocessing, rgb=config.bgr_to_rgb), len(data.pictures)
+    given = read_tutorial(vars(args)) | {"rgb": config.bgr_to_rgb}
+    p, total = replace(network.preprocessing, **given), len(data.pictures)
     key = get_key(network, converted, p, data, config, args)
     # what differs from the defaults is in the name of the results, so no run replaces another's
     options = {args.preprocess: "tutorial", args.engine: "auto", key["channels"]: "RGB"}
@@ -469,7 +468,8 @@ def evaluate(network, converted, preprocessing, data, config, args):
         about = key | {"processes": PROCESSES, "published": network.published}
         about["threads"] = {"PyTorch": torch.get_num_threads(), "OpenCV": cv2.getNumThreads()}
         about["seconds"] = seconds  # of this process's loop, since its last start
-        names = fit_labels(data.names, args.classes, max(converted.outputs, 2))
+        names = [f"class {i}" for i in range(max(converted.outputs, 2))]
+        names = fit_labels(data.names, args.classes, len(names)) or names
         write_results(f"{name}_partial" if interrupted else name, rows, figures, about, names)
     if interrupted:
         raise KeyboardInterrupt

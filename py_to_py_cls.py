@@ -180,8 +180,7 @@ def get_converted(args, module_config, picture, names, data):
         references = get_references(network.model, get_blob(picture, preprocessing))
     outputs = converted.outputs if converted else references[0].logits.shape[1]
     if args.evaluate:
-        evaluated = replace(own, **read_tutorial(vars(args)))
-        check_evaluation(network, evaluated, data, outputs, args)
+        check_evaluation(network, data, outputs, args)
     if converted is None:
         labels = fit_labels(names, args.classes, outputs)
         print_assumptions(network, given, labels and not args.classes)
@@ -230,8 +229,7 @@ def main():
     if args.test and RANK == 0:
         code = run_test_module(converted, module_config)
     if args.evaluate:
-        preprocessing = replace(network.preprocessing, **read_tutorial(vars(args)))
-        evaluate(network, converted, preprocessing, data, config, args)
+        evaluate(network, converted, data, config, args)
     return code
 
 

@@ -335,11 +335,11 @@ def check(data, outputs=1000, preprocess="tutorial", network=None, preprocessing
     from networks import read_transforms
 
     transforms = models.ResNet50_Weights.IMAGENET1K_V1.transforms()
-    own = read_transforms(transforms)
+    own = preprocessing or read_transforms(transforms)
     network = network or SimpleNamespace(transforms=transforms, preprocessing=own)
     args = SimpleNamespace(preprocess=preprocess, classes=None, bgr_to_rgb=None)
     vars(args).update(given)
-    check_evaluation(network, preprocessing or own, data, outputs, args)
+    check_evaluation(network, data, outputs, args)
 
 
 def test_class_folders_named_by_numbers(folder):
