@@ -25,7 +25,7 @@ def make_readable(proto):
 
 
 def rewrite_einsum(graph):
-    """Einsum -> MatMul, between Transposes as needed, if it sums products over one letter.
+    """Einsum -> MatMul between Transposes, if it sums products over one letter.
 
     OpenCV 5.0.0's Einsum keeps the batch size of the first forward pass. With capitals, which
     ONNX allows and torchvision's maxvit_t has, it writes past its tables.
@@ -37,9 +37,8 @@ def rewrite_einsum(graph):
             continue
         first, second, result = match.groups()
         summed = {*first} & {*second} - {*result}
-        rows, columns = (
-            [c for c in a if c not in b] for a, b in ((first, second), (second, first))
-        )
+        rows = [c for c in first if c not in second]
+        columns = [c for c in second if c not in first]
         if not rows or len(summed) != 1 or len(columns) != 1:
             continue
         if {*result} != {*first, *second} - summed:
@@ -48,19 +47,15 @@ def rewrite_einsum(graph):
         batch = [c for c in first if c in second and c in result]
         outer = [*rows[:-1], *batch, rows[-1]]
         orders = [*outer, *summed], [*batch, *summed, *columns], [*outer, *columns]
-        nodes, factors = [], list(node.input)
+        ends = ("transposed_0", "transposed_1", "product")
+        *factors, product = (get_new_name(graph, f"{node.output[0]}_{end}") for end in ends)
+        nodes = []
         for i, letters in enumerate((first, second)):
-            if list(letters) != orders[i]:
-                factors[i] = get_new_name(graph, f"{node.output[0]}_transposed_{i}")
-                axes = [letters.index(c) for c in orders[i]]
-                nodes.append(make_node("Transpose", [node.input[i]], [factors[i]], perm=axes))
-        if orders[2] == list(result):
-            nodes.append(make_node("MatMul", factors, node.output))
-        else:
-            product = get_new_name(graph, f"{node.output[0]}_product")
-            axes = [orders[2].index(c) for c in result]
-            nodes.append(make_node("MatMul", factors, [product]))
-            nodes.append(make_node("Transpose", [product], node.output, perm=axes))
+            axes = [letters.index(c) for c in orders[i]]
+            nodes.append(make_node("Transpose", [node.input[i]], [factors[i]], perm=axes))
+        nodes.append(make_node("MatMul", factors, [product]))
+        axes = [orders[2].index(c) for c in result]
+        nodes.append(make_node("Transpose", [product], node.output, perm=axes))
         replace_node(graph, index, *nodes)
 
 
