@@ -61,17 +61,6 @@ def whole_file(path):
         raise RequestError(f"{path}: can't be written: {error.strerror or error}") from None
 
 
-def copy_beside(source, path):
-    """Copy a file to where `path` is, without replacing another one; return the copy's name."""
-    content = Path(source).read_bytes()
-    target = path.with_name(Path(source).name)
-    if target.exists() and target.read_bytes() != content:
-        target = path.with_name(f"{path.stem}_{target.name}")
-    with whole_file(target) as part:
-        part.write_bytes(content)
-    return target.name
-
-
 def write_entry(converted, preprocessing, classes, options):
     """Write the entry of a converted file into the models.yml beside it.
 
@@ -88,7 +77,9 @@ def write_entry(converted, preprocessing, classes, options):
     entry |= {"outputs": converted.outputs, "sample": ZOO_SAMPLE}
     entry |= {"made_from": {"file": converted.made_from, "entry": get_hash(options)}}
     if classes:  # OpenCV 5's own samples read labels, older ones classes
-        entry["classes"] = entry["labels"] = copy_beside(classes, converted.path)
+        entry["classes"] = entry["labels"] = f"{name}_{Path(classes).name}"
+        with whole_file(path.with_name(entry["classes"])) as part:
+            part.write_bytes(Path(classes).read_bytes())
     text = path.read_text("utf-8") if path.exists() else "%YAML:1.0\n---\n"
     text = re.sub(r"^\.\.\.\s*\Z", "", text, flags=re.M)  # nothing may follow YAML's end mark
     # the older entry ends before the next line that isn't indented

@@ -204,7 +204,7 @@ def test_opencvs_sample(convert, install, start_with, download_samples, koala, p
         command = [python, ROOT / "classification.py", "--top_k", "5", *ours, "--input", koala]
         if "--scale" in ours:  # the file without its entry
             shutil.copy(path, koala.with_name("net.onnx"))
-            command += ["net.onnx", "--classes", path.with_name("imagenet_classes.txt")]
+            command += ["net.onnx", "--classes", PICTURES / "imagenet_classes.txt"]
         else:
             command += ["--zoo", path.with_name("models.yml"), "--", path.stem]
         answer = start_with(*command)

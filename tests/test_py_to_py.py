@@ -167,7 +167,7 @@ def test_test_mode_and_conversion(
     assert picture.shape == cv2.imread(str(RED_PANDA)).shape
 
     written = {p.name for p in path.parent.iterdir()}
-    assert written == {path.name, "models.yml", "imagenet_classes.txt"}
+    assert written == {path.name, "models.yml", "squeezenet1_1_imagenet_classes.txt"}
     graph = onnx.load(path).graph
     assert [n.name for n in graph.input] == ["input"]
     assert [n.name for n in graph.output] == ["output"]
@@ -352,6 +352,14 @@ def test_evaluation_with_nothing_but_the_install(run, folder):
     assert "* RANDOM WEIGHTS" in run("classification.py", "squeezenet1_1-random").stdout
     model = folder / "models" / "squeezenet1_1-random.onnx"
     result = run("classification.py", "--input", model, RED_PANDA)
+    assert "* RANDOM WEIGHTS" in result.stdout
+    zoo = folder / "models" / "models.yml"
+    assert '\n  weights: "random"\n' in zoo.read_text()
+    text = zoo.read_text().replace("1-random:", "1-renamed:")
+    zoo.write_text(text.replace("1-random.onnx", "1-renamed.onnx"))
+    model.rename(model.with_name("squeezenet1_1-renamed.onnx"))
+    result = run("classification.py", "squeezenet1_1-renamed")
+    assert result.returncode == 0, result.stderr
     assert "* RANDOM WEIGHTS" in result.stdout
 
 
