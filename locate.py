@@ -20,7 +20,7 @@ import numpy as np
 
 from classification import ENGINES, RequestError, make_parser, one_line, run
 from common import SEED, NetworksDisagree
-from verify import MAX_RELATIVE_ERROR, get_relative_error, run_engine_apart
+from verify import MAX_RELATIVE_ERROR, compare, run_engine_apart
 
 # onnx's evaluator keeps all nodes' outputs: a ViT's for 768x768 pictures don't fit into 24 GB.
 MAX_BYTES = 2**29  # of the file
@@ -103,7 +103,7 @@ def check_cut(proto, tensors, name, engine, seconds):
         onnx.save(extractor.extract_model([source], [name]), path)
         # first one picture: some layers keep the batch size of their first pass
         (_, output), _ = run_engine_apart(path, engine, [blob[:1], blob], seconds)
-    error = get_relative_error(tensors[name], output)
+    error = compare(tensors[name], output).relative
     if not error <= MAX_RELATIVE_ERROR:
         raise NetworksDisagree(f"relative error {error:.1e}")
 

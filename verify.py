@@ -50,21 +50,18 @@ class Difference:
 
 
 def compare(reference, output):
-    """Difference of OpenCV's `output` to PyTorch's `reference`, both (batch, classes)."""
-    relative = get_relative_error(reference, output)
-    difference = np.abs(reference.astype(np.float64) - output)
-    same_class = int((reference.argmax(axis=1) == output.argmax(axis=1)).sum())
-    l1, l_inf = float(difference.mean()), float(difference.max())
-    return Difference(l1, l_inf, relative, same_class, pictures=len(reference))
+    """Difference of OpenCV's `output` to PyTorch's `reference`, both (batch, classes ...).
 
-
-def get_relative_error(reference, output):
-    """max |a - b| / max |a| of two arrays; NetworksDisagree if their shapes differ."""
+    Raises NetworksDisagree if their shapes differ.
+    """
     if reference.shape != output.shape:
         raise NetworksDisagree(f"the shape is {output.shape}, not {reference.shape}")
-    difference = np.abs(reference.astype(np.float64) - output).max()
+    difference = np.abs(reference.astype(np.float64) - output)
+    l1, l_inf = float(difference.mean()), float(difference.max())
     # a tensor of zeros within a network is right if the other is zero as well
-    return float(difference / max(np.abs(reference).max(), 1e-30))
+    relative = l_inf / max(float(np.abs(reference).max()), 1e-30)
+    same_class = int((reference.argmax(axis=1) == output.argmax(axis=1)).sum())
+    return Difference(l1, l_inf, relative, same_class, pictures=len(reference))
 
 
 class Reference(NamedTuple):
@@ -99,8 +96,8 @@ def get_references(model, sample_blob):
     references = [Reference(name, blob, run_pytorch(model, blob)) for name, blob in blobs.items()]
     with np.errstate(invalid="ignore"):  # inf - inf
         _, raw, logits = references[-1]
-        nudged = get_relative_error(logits, run_pytorch(model, raw * np.float32(1 + 1e-6)))
-        if not nudged <= 0.1 * MAX_RELATIVE_ERROR:
+        nudged = compare(logits, run_pytorch(model, raw * np.float32(1 + 1e-6)))
+        if not nudged.relative <= 0.1 * MAX_RELATIVE_ERROR:
             references.pop()
         logits = np.concatenate([reference.logits for reference in references])
         spread = np.ptp(logits, axis=0).max()
@@ -110,7 +107,7 @@ def get_references(model, sample_blob):
             "PyTorch's own outputs are nan, inf, or the same for every picture, and prove nothing: "
             "check the weights and the preprocessing"
         )
-    change = get_relative_error(references[0].logits, run_pytorch(model, sample_blob))
+    change = compare(references[0].logits, run_pytorch(model, sample_blob)).relative
     if not change <= MAX_RELATIVE_ERROR:
         raise RequestError(
             f"PyTorch's own answer changes from run to run, by {change:.1e}: is dropout left on?"
