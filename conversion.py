@@ -89,9 +89,8 @@ def find_converted(request, options=None):
         other_options = options is not None and made_from["entry"] != get_hash(options)
     except (KeyError, TypeError):  # there is none, or it lacks a key
         return None
-    if damaged or other_options or converted.made_from != get_made_from(request):
-        return None
-    if converted.load_info != get_load_info(path):
+    hashes = get_load_info(path), get_made_from(request)
+    if damaged or other_options or hashes != (converted.load_info, converted.made_from):
         return None
     print(f"{path}: converted and verified before, from these weights and versions")
     return converted

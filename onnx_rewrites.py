@@ -158,13 +158,12 @@ def rewrite_batch_norm(graph):
         epsilon = get_attribute(node, "epsilon")
         factor = gamma / np.sqrt(variance + (1e-5 if epsilon is None else epsilon.f))
         shape = [-1] + [1] * (len(constants[source.input[1]].dims) - 2)
-        names = [
-            add_constant(graph, f"{node.output[0]}_{end}", value.astype(np.float32).reshape(shape))
-            for end, value in (("factor", factor), ("term", beta - mean * factor))
-        ]
-        scaled = get_new_name(graph, f"{node.output[0]}_scaled")
-        mul = make_node("Mul", [node.input[0], names[0]], [scaled])
-        add = make_node("Add", [scaled, names[1]], [node.output[0]])
+        name = node.output[0]
+        scale = add_constant(graph, f"{name}_factor", np.float32(factor).reshape(shape))
+        term = add_constant(graph, f"{name}_term", np.float32(beta - mean * factor).reshape(shape))
+        scaled = get_new_name(graph, f"{name}_scaled")
+        mul = make_node("Mul", [node.input[0], scale], [scaled])
+        add = make_node("Add", [scaled, term], [name])
         replace_node(graph, index, mul, add)
 
 
