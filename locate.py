@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from classification import ENGINES, RequestError, make_parser, one_line, run
+from classification import RequestError, make_parser, one_line, run
 from common import SEED, NetworksDisagree
-from verify import MAX_RELATIVE_ERROR, compare, run_engine_apart
+from verify import EACH_ENGINE, MAX_RELATIVE_ERROR, compare, run_engine_apart
 
 # onnx's evaluator keeps all nodes' outputs: a ViT's for 768x768 pictures don't fit into 24 GB.
 MAX_BYTES = 2**29  # of the file
@@ -111,12 +111,11 @@ def check_cut(proto, tensors, name, engine, seconds):
 def main():
     parser = make_parser(__doc__)
     parser.add_argument("model", metavar="MODEL.onnx")
-    engines = [name for name in ENGINES if name != "auto"]
-    parser.add_argument("--engine", choices=engines, help="OpenCV's engine (default: all)")
+    parser.add_argument("--engine", choices=EACH_ENGINE, help="OpenCV's engine (default: all)")
     args = parser.parse_args()
     if not Path(args.model).is_file():
         raise RequestError(f"{args.model}: no such file")
-    for engine in [args.engine] if args.engine else engines:
+    for engine in [args.engine] if args.engine else EACH_ENGINE:
         print(f"{engine} engine: first wrong node: ", end="", flush=True)
         print(locate(args.model, engine))
 

@@ -26,6 +26,8 @@ from networks import run_pytorch
 # regnet_y_800mf (6e-5) on the classic one (RESULTS.md).
 MAX_RELATIVE_ERROR = 1e-4
 
+EACH_ENGINE = [name for name in ENGINES if name != "auto"]  # which takes one of the others
+
 
 @dataclass
 class Difference:
@@ -187,12 +189,11 @@ def verify(onnx_path, references):
 
     Prints a table, a row for each engine.
     """
-    limit = f"limit {MAX_RELATIVE_ERROR:.0e}"
-    print(f"verifying with OpenCV {cv2.__version__}, {limit} ...", flush=True)
+    print(f"verifying with OpenCV {cv2.__version__}, limit {MAX_RELATIVE_ERROR:.0e} ...")
     names = [name for name, _, _ in references]
     print("relative error on", *names, "ms per picture", sep="  ", flush=True)
     seconds, failures = {}, {}
-    for engine in (name for name in ENGINES if name != "auto"):
+    for engine in EACH_ENGINE:
         try:
             differences, seconds[engine] = verify_engine(onnx_path, engine, references)
             cells = [f"{d.relative:{len(n)}.1e}" for d, n in zip(differences, names, strict=True)]
