@@ -37,7 +37,7 @@ from conversion import convert, find_converted
 from evaluation import RANK, check_evaluation, evaluate, first_process_first, join_processes
 from labelled_pictures import fit_labels, get_data
 from networks import Request, get_torchvision_names, get_torchvision_weights, load_network
-from test_config import RESULTS_DIR, TestClsConfig, TestClsModuleConfig
+from test_config import CLS_TEST_DATA_DIR, RESULTS_DIR, TestClsConfig, TestClsModuleConfig
 from verify import get_references
 
 
@@ -132,12 +132,9 @@ def get_module_config(args):
     """The TestClsModuleConfig of the command line; its default files work from any folder."""
     config = fill_config(TestClsModuleConfig, args)
     for name in ("input_img", "classes", "test_module_path"):
-        if getattr(args, name) is not None:
-            continue
-        path = getattr(config, name)
-        if args.cls_test_data_dir and name != "test_module_path":
-            path = os.path.join(args.cls_test_data_dir, os.path.basename(path))
-        setattr(config, name, find_bundled(path))
+        if getattr(args, name) is None:
+            path = getattr(config, name).replace(CLS_TEST_DATA_DIR, config.cls_test_data_dir)
+            setattr(config, name, find_bundled(path))
     return config
 
 
@@ -190,7 +187,7 @@ def get_converted(args, module_config, picture, names, data):
 
 
 def print_assumptions(network, given, imagenets_labels):
-    """Say on stderr what nobody has said about the network."""
+    """Say what nobody has said about the network."""
     name, options = network.request.name, "--frame_size, --scale, --mean, --std and --rsz_*"
     if not network.declared and not given.keys() & {"scale", "mean", "std"}:
         note = f"{name} declares no preprocessing: assuming ImageNet's; {options} change it"
