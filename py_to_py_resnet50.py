@@ -38,13 +38,10 @@ def get_pytorch_onnx_model(original_model, full_model_path):
 
 def get_preprocessed_img(img_path):
     """Blob of the picture: float32, (1, 3, 224, 224), normalized as torchvision does it."""
-    input_img = read_picture(img_path).astype(np.float32)
-    input_img = cv2.resize(input_img, (256, 256))
+    input_img = cv2.resize(read_picture(img_path).astype(np.float32), (256, 256))
 
     # for pixels from 0 to 1; blobFromImage subtracts the mean before it scales, hence * 255
     mean = np.array([0.485, 0.456, 0.406]) * 255.0
-    std = [0.229, 0.224, 0.225]
-
     input_blob = cv2.dnn.blobFromImage(
         image=input_img,
         scalefactor=1 / 255.0,
@@ -54,7 +51,7 @@ def get_preprocessed_img(img_path):
         crop=True,  # scales to 224x224 first, so nothing is cut off a square picture
     )
     # blobFromImage has no parameter for the standard deviation
-    input_blob[0] /= np.asarray(std, dtype=np.float32).reshape(3, 1, 1)
+    input_blob[0] /= np.asarray([0.229, 0.224, 0.225], dtype=np.float32).reshape(3, 1, 1)
     return input_blob
 
 
