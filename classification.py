@@ -41,7 +41,7 @@ TORCHVISION = {
     "initial_width": 256, "initial_height": 256,
 }  # fmt: skip
 
-RANDOM_SUFFIX = "-random"  # model files that hold random weights are named so
+RANDOM, RANDOM_SUFFIX = "random", "-random"  # weights in an entry; the end of a file's name
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
@@ -454,8 +454,7 @@ def get_output_paths(sources, args, window):
         while os.path.realpath(path).lower() in taken:
             path = path.with_stem(f"{path.stem}_{number}")
         taken.add(os.path.realpath(path).lower())
-        is_saved = args.output or kind == "picture" or (kind == "video" and not window)
-        yield path if is_saved else None
+        yield path if args.output or kind == "picture" or (kind == "video" and not window) else None
 
 
 def has_display():
@@ -494,7 +493,8 @@ def show(picture, seconds):
 def classify(source, output, net, args):
     """Yield the annotated picture, or each frame of a video, with its rate; save it as `output`."""
     last, writer = None, None
-    warning = [RANDOM_WARNING] if Path(args.model).stem.endswith(RANDOM_SUFFIX) else []
+    random = args.entry.get("weights") == RANDOM or Path(args.model).stem.endswith(RANDOM_SUFFIX)
+    warning = [RANDOM_WARNING] if random else []
     for title, picture, rate in read_frames(*source):
         logits, ms = forward(net, get_blob(picture, args))
         if args.classes and len(args.labels) != len(logits):

@@ -9,7 +9,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from classification import ZOO_NAME, ZOO_SAMPLE, RequestError, read_zoo
+from classification import RANDOM, RANDOM_SUFFIX, ZOO_NAME, ZOO_SAMPLE, RequestError, read_zoo
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 SEED = 0  # of random weights, and of the noise that networks are compared on
@@ -76,6 +76,8 @@ def write_entry(converted, preprocessing, classes, options):
     entry |= {"engine": converted.engines[0], "engines": converted.engines}
     entry |= {"outputs": converted.outputs, "sample": ZOO_SAMPLE}
     entry |= {"made_from": {"file": converted.made_from, "entry": get_hash(options)}}
+    if name.endswith(RANDOM_SUFFIX):
+        entry["weights"] = RANDOM
     if classes:  # OpenCV 5's own samples read labels, older ones classes
         entry["classes"] = entry["labels"] = f"{name}_{Path(classes).name}"
         with whole_file(path.with_name(entry["classes"])) as part:

@@ -8,6 +8,7 @@ doesn't import torch.
 import contextlib
 import importlib.metadata
 import io
+import logging
 import os
 import re
 import shutil
@@ -179,12 +180,15 @@ def quiet():
     with (
         warnings.catch_warnings(),
         mock.patch("torch._C._jit_set_onnx_log_enabled"),
-        mock.patch("logging.Logger.handle"),
         contextlib.redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("always")
         warnings.showwarning = show
-        yield warned
+        logging.disable(logging.CRITICAL)
+        try:
+            yield warned
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def find_line(frames):

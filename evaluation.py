@@ -30,10 +30,10 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from classification import ENGINES, RequestError, get_blob, read_picture
+from classification import ENGINES, RANDOM, RequestError, get_blob, read_picture
 from common import NetworksDisagree, get_hash, read_tutorial, whole_file
 from labelled_pictures import MAX_SKIPPED, fit_labels
-from networks import RANDOM, read_transforms, run_pytorch
+from networks import read_transforms, run_pytorch
 from test_config import LOGS_DIR
 from verify import MAX_RELATIVE_ERROR, Difference, run_opencv
 

@@ -21,12 +21,11 @@ from functools import partial
 from pathlib import Path
 
 from checkpoints import find_state_dict, read_checkpoint
-from classification import RequestError, one_line
+from classification import RANDOM, RequestError, one_line
 from common import SCRIPT_DIR, SEED, Preprocessing, get_digest, read_tutorial
 from default_preprocess_config import pytorch_resize_input_blob
 
 IMAGENET = Preprocessing(**read_tutorial(pytorch_resize_input_blob))
-RANDOM = "random"  # instead of the name of weights
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
 # torchvision's weights for these two expect pictures that aren't normalized as ImageNet's are, and

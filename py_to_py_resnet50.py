@@ -42,6 +42,8 @@ def get_preprocessed_img(img_path):
 
     # for pixels from 0 to 1; blobFromImage subtracts the mean before it scales, hence * 255
     mean = np.array([0.485, 0.456, 0.406]) * 255.0
+    std = [0.229, 0.224, 0.225]
+
     input_blob = cv2.dnn.blobFromImage(
         image=input_img,
         scalefactor=1 / 255.0,
@@ -51,7 +53,7 @@ def get_preprocessed_img(img_path):
         crop=True,  # scales to 224x224 first, so nothing is cut off a square picture
     )
     # blobFromImage has no parameter for the standard deviation
-    input_blob[0] /= np.asarray([0.229, 0.224, 0.225], dtype=np.float32).reshape(3, 1, 1)
+    input_blob[0] /= np.asarray(std, dtype=np.float32).reshape(3, 1, 1)
     return input_blob
 
 

@@ -348,7 +348,7 @@ def test_evaluation_with_nothing_but_the_install(run, folder):
     assert "RANDOM weights" in (folder / "logs" / "squeezenet1_1-random_log.txt").read_text()
     assert (folder / "results" / "red_panda_squeezenet1_1-random_classification.jpg").is_file()
 
-    # the answer is marked whichever way the network is named
+    # the answer is marked whichever way the network is named, and if the entry alone says it
     assert "* RANDOM WEIGHTS" in run("classification.py", "squeezenet1_1-random").stdout
     model = folder / "models" / "squeezenet1_1-random.onnx"
     result = run("classification.py", "--input", model, RED_PANDA)

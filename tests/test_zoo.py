@@ -58,7 +58,7 @@ def test_entry_of_a_converted_network(run, start, folder, weights):
     raw = read_raw(path, name)
     sha1 = hashlib.sha1((folder / "models" / f"{name}.onnx").read_bytes()).hexdigest()
     assert f'  load_info: {{sha1: "{sha1}"}}\n' in raw
-    assert "  rgb: true\n" in raw and "  outputs: 1000\n" in raw
+    assert "  rgb: true\n" in raw and "  outputs: 1000\n" in raw and "weights" not in raw
     engines = read_zoo(path)[name]["engines"]
     assert sorted(engines) == ["classic", "new"] and f'  engine: "{engines[0]}"\n' in raw
 
@@ -67,6 +67,7 @@ def test_entry_of_a_converted_network(run, start, folder, weights):
     assert "models/models.yml: python classification.py squeezenet1_1-random" in result.stdout
     assert read_raw(path, name) == raw
     assert read_entry(path, "squeezenet1_1-random")["model"] == "squeezenet1_1-random.onnx"
+    assert '  weights: "random"\n' in read_raw(path, "squeezenet1_1-random")
     assert set(read_zoo(path)) == {name, "squeezenet1_1-random"}
 
     by_name = run("classification.py", name, "--input", KOALA)
