@@ -4,15 +4,17 @@ and without network; the others start a process as a user does."""
 import hashlib
 import importlib
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 
 # A shell ignores SIGINT in what it starts in the background, and children inherit that: the tests
@@ -65,6 +67,12 @@ def env(tmp_path):
     return env
 
 
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """What a test writes to models/ stays there."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """The folder in which the scripts run."""
@@ -74,23 +82,25 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def start(folder, env):
-    """start("script.py", options ...): the finished process, its output as text."""
+def execute(folder, env):
+    """execute(program, options ...): the finished process, its output as text."""
 
-    def start(script, *args, **changed_env):
-        command = [sys.executable, str(ROOT / script), *map(str, args)]
-        return subprocess.run(
-            command, cwd=folder, env=env | changed_env, capture_output=True, text=True, timeout=300
-        )
+    def execute(*command, cwd=folder, **changed_env):
+        options = {"capture_output": True, "text": True, "timeout": 600}
+        return subprocess.run([*map(str, command)], cwd=cwd, env=env | changed_env, **options)
 
-    return start
+    return execute
+
+
+@pytest.fixture
+def start(execute):
+    """start("script.py", options ...): the same of one of the scripts."""
+    return lambda script, *args, **env: execute(sys.executable, ROOT / script, *args, **env)
 
 
 @pytest.fixture
 def run(folder, env, monkeypatch, capfd):
     """The same in this process, which has imported torch already: exit code and output."""
-    import cv2
-
     import classification
 
     # the scripts' own folder may hold the models.yml of a user who has tried them
@@ -125,13 +135,6 @@ def run(folder, env, monkeypatch, capfd):
     cv2.utils.logging.setLogLevel(log_level)
 
 
-@pytest.fixture
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @pytest.fixture(scope="session")
 def small():
     """A seeded network of three layers and 1000 classes, for tests of everything around it."""
@@ -150,16 +153,9 @@ def model(small, tmp_path_factory):
     import torch
 
     path = tmp_path_factory.mktemp("model") / "small.onnx"
-    batch = {0: "batch"}
-    torch.onnx.export(
-        small,
-        torch.zeros(1, 3, 224, 224),
-        str(path),
-        input_names=["input"],
-        output_names=["output"],
-        dynamic_axes={"input": batch, "output": batch},
-        dynamo=False,
-    )
+    options = {"input_names": ["input"], "output_names": ["output"]}
+    options["dynamic_axes"] = {"input": {0: "batch"}, "output": {0: "batch"}}
+    torch.onnx.export(small, torch.zeros(1, 3, 224, 224), str(path), dynamo=False, **options)
     return path
 
 
@@ -207,55 +203,83 @@ def put_weights(env, monkeypatch):
 
 @pytest.fixture(scope="session")
 def converted(weights, tmp_path_factory):
-    """The folder models/ that `--weights trained.pth` leaves, without a run of the program."""
-    from classification import get_blob, read_picture
-    from common import write_entry
-    from conversion import convert
-    from networks import Request, load_network
-    from verify import get_references
+    """The folder models/ that `--weights trained.pth` leaves."""
+    import py_to_py_cls
 
+    folder = tmp_path_factory.mktemp("converted")
+    options = ["--model_name", "squeezenet1_1", "--weights", str(weights), "--evaluate", "False"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("converted"))
-        network = load_network(Request("squeezenet1_1", str(weights)))
-        blob = get_blob(read_picture(PICTURES / "red_panda.jpg"), network.preprocessing)
-        converted = convert(network, get_references(network.model, blob))
-        names = PICTURES / "imagenet_classes.txt"
-        options = {"given": {}, "as_network_wants": True}
-        options["classes"] = hashlib.sha256(names.read_bytes()).hexdigest()
-        write_entry(converted, network.preprocessing, names, options)
-        return converted.path.absolute().parent
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["py_to_py_cls.py", *options])
+        assert py_to_py_cls.main() == 0
+    return folder / "models"
+
+
+@pytest.fixture
+def trained(folder, weights, converted):
+    """The options for this network, whose converted file is in the folder's models/."""
+    shutil.copytree(converted, folder / "models")
+    return ["--model_name", "squeezenet1_1", "--weights", str(weights)]
 
 
 @pytest.fixture(scope="session")
 def get_logits():
     """get_logits(network, path, centre_crop): PyTorch's answer, without the project's code.
 
-    torchvision's normalization of a picture that cv2 has read and resized. With centre_crop the
-    middle 224 of 256 pixels, else the whole picture made small, which is what blobFromImage does.
+    To a picture that cv2 has read and resized, normalized as torchvision does it. With centre_crop
+    the middle 224 of 256 pixels, else the whole made small, which is what blobFromImage does.
     """
-    import cv2
-    import torch
-    from torchvision.transforms import v2
-
-    normalize = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
     def get_logits(network, path, centre_crop):
-        rgb = cv2.imread(str(path))[:, :, ::-1].astype("float32")
-        rgb = cv2.resize(rgb, (256, 256))
+        rgb = cv2.resize(cv2.imread(str(path))[:, :, ::-1].astype(np.float32), (256, 256))
         rgb = rgb[16:240, 16:240] if centre_crop else cv2.resize(rgb, (224, 224))
-        tensor = torch.from_numpy(rgb.copy()).permute(2, 0, 1) / 255
-        with torch.no_grad():
-            return network(normalize(tensor)[None])[0].numpy()
+        return run_picture(network, (rgb / 255 - mean) / std)
 
     return get_logits
 
 
-def read_answer(text, block=""):
+def run_picture(network, picture):
+    """PyTorch's logits for a prepared picture (height, width, 3), without the project's code."""
+    return run_torch(network, np.float32(picture).transpose(2, 0, 1)[None].copy())[0]
+
+
+def run_torch(network, blob):
+    """PyTorch's logits (batch, classes), without the project's code."""
+    import torch
+
+    with torch.no_grad():
+        return network(torch.from_numpy(blob)).numpy()
+
+
+def read_onnx(path, *engine):
+    """The same of OpenCV with a file, as a function of the blob."""
+    net = cv2.dnn.readNetFromONNX(str(path), *engine)
+
+    def forward(blob):
+        net.setInput(blob)
+        return net.forward()
+
+    return forward
+
+
+def read_answer(result, block=""):
     """(class ID, confidence) that follow the line `block` in a script's output."""
-    lines = text[text.index(block) :].splitlines()
-    class_id = next(line for line in lines if line.startswith("* class ID: "))
-    confidence = next(line for line in lines if line.startswith("* confidence: "))
-    return int(class_id.split()[3].rstrip(",")), float(confidence.split()[-1])
+    text = get_output(result)
+    pattern = r"^\* class ID: (\d+),.*\n\* confidence: (.*)$"
+    found = re.search(pattern, text[text.index(block) :], re.M)
+    return int(found[1]), float(found[2])
+
+
+def near(logits, **tolerance):
+    """The answer that read_answer has to find for PyTorch's logits."""
+    return logits.argmax(), pytest.approx(logits.max(), **tolerance or {"abs": 1e-4})
+
+
+def get_output(result):
+    """What a process has printed that ended with exit code 0."""
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def check_one_line(result, *words, code=2):

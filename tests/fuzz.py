@@ -72,48 +72,41 @@ def prepare():
 
     torch.save({"model": my_net.build().state_dict(), "epoch": 3}, "net.pth")
     Path("six.txt").write_text("".join(f"class {i}\n" for i in range(6)))
-    code, output = call("py_to_py_cls", *CONVERT, "--classes", "six.txt")
+    Path("val.txt.good").write_text("koala.jpg 3\nfig.jpg 2\n")
+    code, output = call("py_to_py_cls", *CONVERT)
     assert code == 0, output
+    for path, good in GOOD.items():
+        shutil.copy(path, good)
 
 
-CONVERT = ["--model_name", "my_net:build", "--weights", "net.pth", "--evaluate", "False"]
+NETWORK_OPTIONS = ["--model_name", "my_net:build", "--weights", "net.pth", "--classes", "six.txt"]
+CONVERT = [*NETWORK_OPTIONS, "--evaluate", "False"]
 MODEL = "models/my_net-build-net.onnx"
+GOOD = {MODEL: "net.onnx.good", "net.pth": "net.pth.good", "models/models.yml": "models.yml.good"}
 ENTRY = ["my_net-build-net", "--input", str(PICTURE)]
+DATA = ["--img_root_dir", str(PICTURE.parent), "--img_cls_file", "val.txt"]
+KINDS = {  # how often; the file that is damaged, its source; the script and its options
+    "picture": (3, "picture.jpg", PICTURE, "classification", [ENTRY[0], "--input", "picture.jpg"]),
+    "zoo": (3, "models/models.yml", "models.yml.good", "classification", ENTRY),
+    "labels": (2, "labels.txt", "six.txt", "classification", [*ENTRY, "--classes", "labels.txt"]),
+    "options": (3, None, None, "classification", ENTRY),
+    "model": (3, MODEL, "net.onnx.good", "classification", ENTRY),
+    "checkpoint": (3, "net.pth", "net.pth.good", "py_to_py_cls", CONVERT),
+    "val": (1, "val.txt", "val.txt.good", "py_to_py_cls", NETWORK_OPTIONS + DATA),
+}
 
 
 def run_case(seed):
     """(exit code, stderr) of the program with one damaged file, or with odd options."""
     rng = random.Random(seed)
-    kind = rng.choices(
-        ["picture", "zoo", "labels", "options", "model", "checkpoint", "val"], [3, 3, 2, 3, 3, 3, 1]
-    )[0]
-
-    def damage(path, source):
-        Path(path).write_bytes(mutate(Path(source).read_bytes(), rng))
-
-    if kind == "picture":
-        damage("picture.jpg", PICTURE)
-        return call("classification", ENTRY[0], "--input", "picture.jpg")
-    if kind == "zoo":
-        damage("models/models.yml", "models.yml.good")
-        return call("classification", *ENTRY)
-    if kind == "labels":
-        damage("labels.txt", "six.txt")
-        return call("classification", *ENTRY, "--classes", "labels.txt")
+    (kind,) = rng.choices([*KINDS], [weight for weight, *_ in KINDS.values()])
+    _, path, source, script, options = KINDS[kind]
     if kind == "options":
         chosen = rng.choices(OPTIONS, k=rng.choice([1, 2, 4]))
         words = (word for option in chosen for word in (option, *rng.choice(WORDS).split(" ")))
-        return call("classification", *ENTRY, *words)
-    if kind == "model":
-        damage(MODEL, "net.onnx.good")
-        return call("classification", *ENTRY)
-    if kind == "checkpoint":
-        damage("net.pth", "net.pth.good")
-        return call("py_to_py_cls", *CONVERT, "--classes", "six.txt")
-    Path("val.txt").write_text("koala.jpg 3\nfig.jpg 2\n")
-    damage("val.txt", "val.txt")
-    data = ["--img_root_dir", str(PICTURE.parent), "--img_cls_file", "val.txt"]
-    return call("py_to_py_cls", *CONVERT[:4], *data, "--classes", "six.txt")
+        return call(script, *options, *words)
+    Path(path).write_bytes(mutate(Path(source).read_bytes(), rng))
+    return call(script, *options)
 
 
 def call(script, *args):
@@ -154,9 +147,6 @@ def run_cases(first, last):
     faults = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         prepare()
-        for path, good in ((MODEL, "net.onnx.good"), ("net.pth", "net.pth.good")):
-            shutil.copy(path, good)
-        shutil.copy("models/models.yml", "models.yml.good")
         before = {str(p) for p in Path().rglob(".*")}
         for seed in range(first, last):
             print(f"seed {seed}", flush=True)
@@ -166,9 +156,8 @@ def run_cases(first, last):
             if fault := get_fault(code, stderr, before):
                 print(f"FAULT at seed {seed}: {fault}", flush=True)
                 faults += 1
-            shutil.copy("net.onnx.good", MODEL)
-            shutil.copy("net.pth.good", "net.pth")
-            shutil.copy("models.yml.good", "models/models.yml")
+            for path, good in GOOD.items():
+                shutil.copy(good, path)
     return faults
 
 

@@ -12,10 +12,8 @@ import tarfile
 import venv
 
 import cv2
-import numpy as np
 import pytest
-import torch
-from conftest import MODELS, PICTURES, ROOT, read_answer
+from conftest import MODELS, PICTURES, ROOT, get_output, near, read_answer
 
 from classification import read_zoo
 from networks import Request, load_network
@@ -40,18 +38,16 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture
-def convert(shared, env):
+def convert(shared, execute):
     """convert(name): the network's file, and the program's output if it wasn't there yet."""
 
     def convert(name):
         path = shared / "models" / f"{name}-random.onnx"
         if path.exists():
             return path, None
-        command = [sys.executable, ROOT / "py_to_py_cls.py", "--model_name", name]
-        command += ["--weights", "random", "--evaluate", "False"]
-        result = subprocess.run(command, cwd=shared, env=env, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return path, result.stdout
+        options = ["--model_name", name, "--weights", "random", "--evaluate", "False"]
+        command = [sys.executable, ROOT / "py_to_py_cls.py", *options]
+        return path, get_output(execute(*command, cwd=shared))
 
     return convert
 
@@ -67,17 +63,11 @@ def test_network(convert, name):
 
 
 @pytest.fixture(scope="session")
-def answers():
-    """{network: (class ID, logit) of the koala} by PyTorch, preprocessed without the project."""
-    rgb = cv2.imread(str(KOALA))[:, :, ::-1].astype(np.float32)
-    rgb = cv2.resize(cv2.resize(rgb, (256, 256)), (224, 224)) / 255
-    blob = ((rgb - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).astype(np.float32)
+def answers(get_logits):
+    """{network: PyTorch's logits of the koala}, preprocessed without the project."""
     found = {}
     for name in MODELS:
-        model = load_network(Request(name, "random")).model
-        with torch.no_grad():
-            logits = model(torch.from_numpy(blob).permute(2, 0, 1)[None])[0]
-        found[name] = int(logits.argmax()), float(logits.max())
+        found[name] = get_logits(load_network(Request(name, "random")).model, KOALA, False)
     return found
 
 
@@ -96,35 +86,20 @@ def install(tmp_path_factory):
     return install
 
 
-@pytest.fixture
-def start_with(folder, env):
-    """start_with(python, script, *arguments): the finished process."""
-
-    def start(*command, **options):
-        return subprocess.run(
-            command, cwd=options.get("cwd", folder), env=env, capture_output=True, text=True
-        )
-
-    return start
-
-
 @pytest.mark.parametrize("package", PACKAGES)
-def test_opencv_version(convert, answers, install, start_with, package):
+def test_opencv_version(convert, answers, install, execute, package):
     """classification.py gives PyTorch's answer with all the files, in an environment of its own."""
     python = install(package)
-    found = start_with(python, "-c", "import cv2; print(cv2.__version__)").stdout.strip()
+    found = execute(python, "-c", "import cv2; print(cv2.__version__)").stdout.strip()
     assert package.partition("==")[2].rstrip("*") in found
     script = ROOT / "classification.py"
-    assert ("--engine" in start_with(python, script, "--help").stdout) == found.startswith("5")
-    for name, (class_id, logit) in answers.items():
+    assert ("--engine" in execute(python, script, "--help").stdout) == found.startswith("5")
+    for name, logits in answers.items():
         path, _ = convert(name)
-        result = start_with(python, script, "--input", path, KOALA)
-        assert result.returncode == 0, result.stderr
-        assert read_answer(result.stdout) == (class_id, pytest.approx(logit, rel=1e-4, abs=1e-4))
-        # and by the entry in models.yml
-        zoo = path.parent / "models.yml"
-        result = start_with(python, script, path.stem, "--zoo", zoo, "--input", KOALA)
-        assert read_answer(result.stdout) == (class_id, pytest.approx(logit, rel=1e-4, abs=1e-4))
+        zoo = path.with_name("models.yml")
+        for options in (["--input", path, KOALA], [path.stem, "--zoo", zoo, "--input", KOALA]):
+            result = execute(python, script, *options)
+            assert read_answer(result) == near(logits, rel=1e-4, abs=1e-4)
     print(f"{package}: OpenCV {found} gives PyTorch's answer with {len(answers)} networks")
 
 
@@ -144,14 +119,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 MEAN = ["--mean", "123.675", "116.28", "103.53"]
 STD = ["--std", "0.229", "0.224", "0.225"]
 SIZE = ["--initial_width", "256", "--initial_height", "256", "--crop", "True"]
+PIXELS = ["--scale", str(1 / 255), *MEAN, *STD, "--rgb", "True"]
 # package: the options for OpenCV's sample, for ours to do the same, and how far the logits may be
 # apart: theirs rounds a picture that it resizes first to whole numbers
 SAMPLES = {
-    "opencv-python-headless==5.0.*": (
-        [],
-        ["--scale", str(1 / 255), *MEAN, *STD, "--rgb", "True"],
-        0.006,
-    ),
+    "opencv-python-headless==5.0.*": ([], PIXELS, 0.006),
     "opencv-python-headless==4.10.*": ([*STD, *SIZE], SIZE, 0.03),
 }
 
@@ -185,7 +157,7 @@ def koala(folder):
 
 
 @pytest.mark.parametrize("package", SAMPLES)
-def test_opencvs_sample(convert, install, start_with, download_samples, koala, package):
+def test_opencvs_sample(convert, install, execute, download_samples, koala, package):
     """OpenCV's own classification.py takes each entry by name, and names the class that ours does.
 
     It runs in the entries' folder, for the files that they name.
@@ -195,9 +167,8 @@ def test_opencvs_sample(convert, install, start_with, download_samples, koala, p
     for name in MODELS:
         path, _ = convert(name)
         command = [python, "-c", WITHOUT_WINDOWS, sample, path.stem, "--zoo", "models.yml"]
-        result = start_with(*command, "--input", koala, *theirs, cwd=path.parent)
-        assert result.returncode == 0, result.stderr
-        shown = [text.rpartition(": ") for text in re.findall("^text: (.*)$", result.stdout, re.M)]
+        output = get_output(execute(*command, "--input", koala, *theirs, cwd=path.parent))
+        shown = [text.rpartition(": ") for text in re.findall("^text: (.*)$", output, re.M)]
         shown = [(float(logit), label) for label, _, logit in shown if not logit.endswith(" ms")]
         logit, label = max(shown)
 
@@ -207,10 +178,9 @@ def test_opencvs_sample(convert, install, start_with, download_samples, koala, p
             command += ["net.onnx", "--classes", PICTURES / "imagenet_classes.txt"]
         else:
             command += ["--zoo", path.with_name("models.yml"), "--", path.stem]
-        answer = start_with(*command)
-        assert answer.returncode == 0, answer.stderr
-        labels = re.findall("label: (.*)$", answer.stdout, re.M)
-        logits = [float(c) for c in re.findall("confidence: (.*)$", answer.stdout, re.M)]
+        output = get_output(execute(*command))
+        labels = re.findall("label: (.*)$", output, re.M)
+        logits = [float(c) for c in re.findall("confidence: (.*)$", output, re.M)]
         assert logits[labels.index(label)] == pytest.approx(logits[0], abs=tolerance)
         assert logits[0] == pytest.approx(logit, abs=tolerance)
     print(f"the sample of {package} answers like ours with {len(MODELS)} networks")
@@ -230,7 +200,7 @@ layer {
 
 @pytest.mark.parametrize("package", SAMPLES)
 def test_all_of_opencvs_entries(
-    convert, install, start_with, download_samples, koala, env, folder, package
+    convert, install, execute, download_samples, koala, env, folder, package
 ):
     """Ours, under another name in OpenCV's folder, answers like OpenCV's with each of its entries.
 
@@ -258,16 +228,14 @@ def test_all_of_opencvs_entries(
         labels = folder / "data" / "dnn" / entry.get("labels", entry.get("classes"))
         labels.write_text("".join(f"name {i}\n" for i in range(3 if caffe else 1000)))
         command = [python, "-c", WITHOUT_WINDOWS, samples / "classification.py", name]
-        result = start_with(*command, "--input", koala, cwd=samples)
-        assert result.returncode == 0, result.stderr
-        texts = re.findall(r"^text: (name \d+): (-?\d+\.\d+)$", result.stdout, re.M)
+        output = get_output(execute(*command, "--input", koala, cwd=samples))
+        texts = re.findall(r"^text: (name \d+): (-?\d+\.\d+)$", output, re.M)
         logit, label = max((float(logit), label) for label, logit in texts)
         for options in ([], ["--labels", labels.name]):
             command = [python, samples / "classification_onnx.py", name, *options]
-            result = start_with(*command, "--input", koala, cwd=samples)
-            assert result.returncode == 0, result.stderr
+            result = execute(*command, "--input", koala, cwd=samples)
             assert f"label: {label}\n" in result.stdout
             # theirs resizes whole numbers, and prints two decimals
             tolerance = 0.02 if entry["width"] == 224 else 0.2
-            assert read_answer(result.stdout)[1] == pytest.approx(logit, abs=tolerance)
+            assert read_answer(result)[1] == pytest.approx(logit, abs=tolerance)
     print(f"the {len(entries)} entries of {package} give its sample's answers")

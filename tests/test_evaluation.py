@@ -8,18 +8,30 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, ROOT, check_one_line
+from conftest import PICTURES, ROOT, check_one_line, get_output
 from filelock import FileLock
+from PIL import Image
+from torchvision import models
+from torchvision.transforms import v2
+
+import evaluation
+from classification import RequestError, read_picture
+from evaluation import Row, read_batches
+from labelled_pictures import Data, get_data
+from networks import IMAGENET, Request, read_transforms
+from test_config import TestClsConfig
 
 LABELLED = [line.split() for line in (PICTURES / "val.txt").read_text().splitlines()]
 IMAGENETS = (PICTURES / "imagenet_classes.txt").read_text().splitlines()
@@ -46,20 +58,13 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def trained(folder, weights, converted):
-    """The options for a network that is converted already."""
-    shutil.copytree(converted, folder / "models")
-    return ["--model_name", "squeezenet1_1", "--weights", str(weights)]
-
-
-@pytest.fixture
 def command(data, trained):
     """An evaluation in ten batches, on one engine, without a conversion.
 
     From the class folders, while `whole` is from the label file: so each test that compares the
     two shows as well that the lines of --classes say which class a folder is.
     """
-    return [sys.executable, CLS, *trained, *get_options(data)]
+    return [CLS, *trained, *get_options(data)]
 
 
 def get_options(data):
@@ -69,11 +74,11 @@ def get_options(data):
     return [*map(str, options), "--batch_size", "4", "--engine", "new"]
 
 
-def read_table(folder, name=f"{NAME}_new"):
+def read_table(folder, name=f"{NAME}_new", times=False):
     """The rows of the table, without the times."""
     with open(folder / "logs" / f"{name}_pictures.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    for row in rows:
+    for row in rows if not times else ():
         del row["pytorch_ms"], row["opencv_ms"], row["warm_up"]
     return rows
 
@@ -146,10 +151,7 @@ def grey(run, folder):
         for name, value, _ in pictures:
             path = folder / "set" / name
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b"broken")
-            if value is not None:
-                picture = np.full((40, 40, 3), value, np.uint8)
-                path.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+            path.write_bytes(b"broken" if value is None else encode(value))
         if "--img_root_dir" not in options:
             lines = [f"{name} {label}\n" for name, _, label in pictures]
             (folder / "val.txt").write_text("".join(lines))
@@ -160,6 +162,10 @@ def grey(run, folder):
     return grey
 
 
+def encode(value):
+    return cv2.imencode(".png", np.full((40, 40, 3), value, np.uint8))[1].tobytes()
+
+
 def read_summary(folder, name="grey-build"):
     return json.loads((folder / "logs" / f"{name}_summary.json").read_text())
 
@@ -168,38 +174,15 @@ def read_summary(folder, name="grey-build"):
 
 
 def test_figures_known_beforehand(grey, folder):
-    """Accuracy, ranks, confusions. The class nearest to the value + 1/4 is first, and so on."""
-    # the picture's value, its label, and the label's rank: for 2, the order is 2, 3, 1, 4, 0
-    values = [(3, 3, 1), (4, 4, 1), (2, 0, 5), (2, 0, 5), (9, 2, 8), (5, 6, 2), (1, 1, 1)]
+    """Accuracy, ranks, confusions, probabilities; the class nearest to the value + 1/4 is first."""
+    # the picture's value, its label, and the label's rank: for 2, the order is 2, 3, 1, 4, 0, 5
+    values = [(3, 3, 1), (4, 4, 1), (2, 0, 5), (2, 0, 5), (2, 5, 6), (5, 6, 2), (1, 1, 1)]
     pictures = [(f"{i:02}.png", value, label) for i, (value, label, _) in enumerate(values)]
-    result = grey(pictures, "--batch_size", 3)
-    assert result.returncode == 0, result.stderr
+    output = get_output(grey(pictures, "--batch_size", 3))
     rows = read_table(folder, "grey-build")
-    assert [row["pytorch_class"] for row in rows] == [str(value) for value, _, _ in values]
-    assert [row["opencv_class"] for row in rows] == [str(value) for value, _, _ in values]
-    for row, (_, _, rank) in zip(rows, values, strict=True):
+    for row, (value, _, rank) in zip(rows, values, strict=True):
+        assert row["pytorch_class"] == row["opencv_class"] == str(value)
         assert row["pytorch_rank"] == row["opencv_rank"] == str(rank)
-    assert [row["batch"] for row in rows] == list("0001112")
-    summary = read_summary(folder)
-    for network in ("PyTorch", f"OpenCV {cv2.__version__}"):
-        assert summary[network]["top1"] == pytest.approx(100 * 3 / 7)
-        assert summary[network]["top5"] == pytest.approx(100 * 6 / 7)
-    assert summary["confused"] == [[0, 2, 2], [2, 9, 1], [6, 5, 1]]
-    assert "* class 0 -> class 2: 2\n* class 2 -> class 9: 1\n" in result.stdout
-    assert "ms per picture, 95th percentile of batches" in result.stdout  # not of pictures
-
-    # the question that a table answers in one line, and the log's lines, which are cumulative
-    wrong = Counter((r["label"], r["pytorch_class"]) for r in rows if r["pytorch_rank"] != "1")
-    assert wrong.most_common(1) == [(("0", "2"), 2)]
-    log = (folder / "logs" / "grey-build_log.txt").read_text()
-    found = re.findall(r"^(\d) Accuracy for PyTorch: top-1 (\S+), top-5 (\S+)$", log, re.M)
-    assert found == [("3", "66.67", "100.00"), ("6", "33.33", "83.33"), ("7", "42.86", "85.71")]
-
-
-def test_probability_and_differences(grey, folder):
-    """Of each picture, against the same in float64 here."""
-    grey([("a.png", 3, 3), ("b.png", 7, 1)], "--batch_size", 1)
-    for row, value in zip(read_table(folder, "grey-build"), (3, 7), strict=True):
         k = np.arange(10.0)
         logits = 2 * k * (value + 0.25) - k**2
         probability = np.exp(logits.max()) / np.exp(logits).sum()
@@ -207,6 +190,21 @@ def test_probability_and_differences(grey, folder):
         assert float(row["opencv_probability"]) == pytest.approx(probability, rel=1e-4)
         assert float(row["peak"]) == pytest.approx(np.abs(logits).max(), rel=1e-5)
         assert 0 <= float(row["l1"]) <= float(row["l_inf"]) < 1e-3
+    assert [row["batch"] for row in rows] == list("0001112")
+    summary = read_summary(folder)
+    for network in ("PyTorch", f"OpenCV {cv2.__version__}"):
+        assert summary[network]["top1"] == pytest.approx(100 * 3 / 7)
+        assert summary[network]["top5"] == pytest.approx(100 * 6 / 7)
+    assert summary["confused"] == [[0, 2, 2], [5, 2, 1], [6, 5, 1]]
+    assert "* class 0 -> class 2: 2\n* class 5 -> class 2: 1\n" in output
+    assert "ms per picture, 95th percentile of batches" in output  # not of pictures
+
+    # the question that a table answers in one line, and the log's lines, which are cumulative
+    wrong = Counter((r["label"], r["pytorch_class"]) for r in rows if r["pytorch_rank"] != "1")
+    assert wrong.most_common(1) == [(("0", "2"), 2)]
+    log = (folder / "logs" / "grey-build_log.txt").read_text()
+    found = re.findall(r"^(\d) Accuracy for PyTorch: top-1 (\S+), top-5 (\S+)$", log, re.M)
+    assert found == [("3", "66.67", "100.00"), ("6", "33.33", "83.33"), ("7", "42.86", "85.71")]
 
 
 def test_contact_sheet(grey, folder):
@@ -223,50 +221,40 @@ def test_contact_sheet(grey, folder):
 
 def test_odd_names(grey, folder):
     """A newline, a comma, a quote, a backslash: the table gives the names back."""
-    for number, name in enumerate(["new\nline.png", 'a "b", c.png', "back\\slash.png", "é.png"]):
-        path = folder / "set" / str(number) / name
-        path.parent.mkdir(parents=True)
-        cv2.imwrite(str(folder / "x.png"), np.full((40, 40, 3), number, np.uint8))
-        shutil.move(folder / "x.png", path)
-    result = grey([], "--img_root_dir", "set", "--batch_size", 2)
-    assert result.returncode == 0, result.stderr
+    names = ["new\nline.png", 'a "b", c.png', "back\\slash.png", "é.png"]
+    pictures = [(f"{number}/{name}", number, None) for number, name in enumerate(names)]
+    get_output(grey(pictures, "--img_root_dir", "set", "--batch_size", 2))
     rows = read_table(folder, "grey-build")
-    assert [row["picture"] for row in rows] == [
-        "0/new\nline.png",
-        '1/a "b", c.png',
-        "2/back\\slash.png",
-        "3/é.png",
-    ]
+    assert [row["picture"] for row in rows] == [name for name, _, _ in pictures]
     assert [row["pytorch_rank"] for row in rows] == ["1"] * 4
 
 
 def test_evaluation_is_right(run, folder, weights, squeezenet, get_logits):
-    """Accuracy against labels chosen so that it is neither 0 nor 100, counted here by itself."""
-    lines, top1, top5 = [], 0, 0
+    """Accuracy against labels of which every third is first, fourth, and eighth."""
+    lines = []
     for number, (name, _) in enumerate(LABELLED):
         order = np.argsort(-get_logits(squeezenet, PICTURES / name, centre_crop=True))
-        rank = (0, 3, 7)[number % 3]
-        top1, top5 = top1 + (rank < 1), top5 + (rank < 5)
-        lines.append(f"{name} {order[rank]}\n")
+        lines.append(f"{name} {order[(0, 3, 7)[number % 3]]}\n")
     (folder / "labels.txt").write_text("".join(lines))
     shutil.copy(weights, folder / "own.pth")
     options = ["--model_name", "squeezenet1_1", "--weights", "own.pth", "--batch_size", "5"]
     options += ["--img_root_dir", PICTURES, "--img_cls_file", "labels.txt"]
-    result = run("py_to_py_cls.py", *options)
-    assert result.returncode == 0, result.stderr
+    output = get_output(run("py_to_py_cls.py", *options))
     log = (folder / "logs" / "squeezenet1_1-own_log.txt").read_text()
-    for k, right in ((1, top1), (5, top5)):
-        figure = f" +{100 * right / 12:.2f}"
-        for text in (result.stdout, log):
-            assert len(re.findall(rf"^top-{k} accuracy, % of 12{figure}{figure}$", text, re.M)) == 1
-    assert "same class 12 of 12" in result.stdout
+    for line in (
+        r"top-1 accuracy, % of 12 +33\.33 +33\.33",
+        r"top-5 accuracy, % of 12 +66\.67 +66\.67",
+    ):
+        for text in (output, log):
+            assert len(re.findall(f"^{line}$", text, re.M)) == 1
+    assert "same class 12 of 12" in output
     l1, l_inf = map(float, re.findall(r"L1 (\S+), L_inf (\S+),", log)[-1])
     assert 0 < l1 <= l_inf < 1e-3
     chart = cv2.imread(str(folder / "logs" / "squeezenet1_1-own_time.png"))
     assert chart.shape[0] > 400 and chart.std() > 10
     summary = json.loads((folder / "logs" / "squeezenet1_1-own_summary.json").read_text())
     for network in ("PyTorch", f"OpenCV {cv2.__version__}"):
-        assert summary[network]["top1"] == 100 * top1 / 12
+        assert summary[network]["top1"] == 100 * 4 / 12
         assert summary[network]["ms_median"] <= summary[network]["ms_p95"]
     sha1 = hashlib.sha1((folder / "models" / "squeezenet1_1-own.onnx").read_bytes()).hexdigest()
     assert summary["onnx"] == {"sha1": sha1}
@@ -274,37 +262,23 @@ def test_evaluation_is_right(run, folder, weights, squeezenet, get_logits):
 
 def test_evaluation_blob_is_torchvisions():
     """The true centre crop: torchvision's own transforms on the same resized picture."""
-    from torchvision.transforms import v2
-
-    from common import Preprocessing
-    from evaluation import get_centre_blob
-
-    path = PICTURES / "koala.jpg"
-    rgb = cv2.resize(cv2.imread(str(path))[:, :, ::-1].astype(np.float32), (256, 256)) / 255
-    transforms = v2.Compose(
-        [v2.CenterCrop(224), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
-    )
+    picture = cv2.imread(str(PICTURES / "koala.jpg"))
+    rgb = cv2.resize(picture[:, :, ::-1].astype(np.float32), (256, 256)) / 255
+    normalize = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    transforms = v2.Compose([v2.CenterCrop(224), normalize])
     expected = transforms(torch.from_numpy(rgb).permute(2, 0, 1))[None].numpy()
-    mean, std = (123.675, 116.28, 103.53), (0.229, 0.224, 0.225)
-    preprocessing = Preprocessing(1 / 255, mean, std, True, True, 224, 224, 256, 256)
-    blob = get_centre_blob(cv2.imread(str(path)), preprocessing)
+    blob = evaluation.get_centre_blob(picture, IMAGENET)
     assert blob.dtype == np.float32
     assert np.abs(blob - expected).max() < 1e-5
 
 
 def test_preprocess_of_the_weights():
     """--preprocess torchvision: what torchvision makes of the picture that PIL reads."""
-    from PIL import Image
-    from torchvision import models
-
-    from evaluation import get_torchvision_blob
-
     transforms = models.ResNet50_Weights.IMAGENET1K_V2.transforms()
     path = PICTURES / "koala.jpg"
-    expected = transforms(Image.open(path))[None].numpy()
-    blob = get_torchvision_blob(cv2.imread(str(path)), transforms)
+    blob = evaluation.get_torchvision_blob(cv2.imread(str(path)), transforms)
     assert blob.shape == (1, 3, 224, 224)
-    assert np.abs(blob - expected).mean() < 0.02
+    assert np.abs(blob - transforms(Image.open(path))[None].numpy()).mean() < 0.02
 
 
 # --- odd requests and data ------------------------------------------------------------------------
@@ -312,9 +286,6 @@ def test_preprocess_of_the_weights():
 
 def get_pictures(folder, names, config=None, named_labels=False, class_names=None):
     """evaluation.get_data of a folder of empty files."""
-    from labelled_pictures import get_data
-    from test_config import TestClsConfig
-
     for name in names:
         (folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "set" / name).touch()
@@ -329,54 +300,43 @@ def get_pictures(folder, names, config=None, named_labels=False, class_names=Non
 
 def check(data, outputs=1000, preprocess="tutorial", network=None, preprocessing=None, **given):
     """evaluation.check_evaluation for a torchvision network of `outputs` logits."""
-    from torchvision import models
-
-    from evaluation import check_evaluation
-    from networks import read_transforms
-
     transforms = models.ResNet50_Weights.IMAGENET1K_V1.transforms()
     own = preprocessing or read_transforms(transforms)
     network = network or SimpleNamespace(transforms=transforms, preprocessing=own)
-    args = SimpleNamespace(preprocess=preprocess, classes=None, bgr_to_rgb=None)
-    vars(args).update(given)
-    check_evaluation(network, data, outputs, args)
+    args = {"preprocess": preprocess, "classes": None, "bgr_to_rgb": None} | given
+    evaluation.check_evaluation(network, data, outputs, SimpleNamespace(**args))
 
 
-def test_class_folders_named_by_numbers(folder):
-    data = get_pictures(folder, ["1/a.jpg", "105/b.jpg", "387/c.jpg"])
-    assert data.pictures == [("1/a.jpg", 1), ("105/b.jpg", 105), ("387/c.jpg", 387)]
-    check(data)
-
-
-@pytest.mark.parametrize("lines", ["n2 koala\nn0 cat, tom\nn1 dog\n", "n2\nn0\nn1\n"])
-def test_class_folders_named_by_lines_of_classes(folder, capsys, lines):
-    names = lines.splitlines()
-    data = get_pictures(folder, ["n0/a.jpg", "n2/b.jpg"], class_names=names)
-    assert data.pictures == [("n0/a.jpg", 1), ("n2/b.jpg", 0)]
-    assert "2 pictures in 2 classes: folder n0 is class 1, ..., folder n2 is class 0" in (
-        capsys.readouterr().out
-    )
-    check(data)
-
-
-@pytest.mark.parametrize("names", [None, ["n0", "other"], ["n0", "n1", "n0"]])
-def test_other_class_folders_are_all_classes_or_refused(folder, names):
-    """Not among --classes, or ambiguous: in sorted order, if there is one for each output."""
-    from classification import RequestError
-
-    data = get_pictures(folder, ["n0/a.jpg", "n1/b.jpg"], class_names=names)
-    assert data.pictures == [("n0/a.jpg", 0), ("n1/b.jpg", 1)]
-    assert data.names == (names or ["n0", "n1"])
+@pytest.mark.parametrize(
+    "folders, lines, ids",
+    [
+        (["1", "105", "387"], None, [1, 105, 387]),
+        (["n0", "n2"], ["n2 koala", "n0 cat, tom", "n1 dog"], [1, 0]),
+        (["n0", "n2"], ["n2", "n0", "n1"], [1, 0]),
+        # no such lines, or ambiguous: in sorted order, if there is one for each output
+        (["n0", "n1"], None, [0, 1]),
+        (["n0", "n1"], ["n0", "other"], [0, 1]),
+        (["n0", "n1"], ["n0", "n1", "n0"], [0, 1]),
+        # without --classes nobody says that the network's classes are ImageNet's
+        (["bison", "fig"], None, [0, 1]),
+    ],
+)
+def test_class_folders(folder, capsys, folders, lines, ids):
+    """Named by numbers, or by lines of --classes or their first words; or all the classes."""
+    names = [f"{name}/a.jpg" for name in folders]
+    data = get_pictures(folder, names, class_names=lines)
+    assert data.pictures == list(zip(names, ids, strict=True))
+    ends = [f"folder {folders[i]} is class {ids[i]}" for i in (0, -1)]
+    said = f"{len(ids)} pictures in {len(ids)} classes: {', ..., '.join(ends)}\n"
+    assert said in capsys.readouterr().out
+    if ids != [0, 1]:
+        assert data.names == (lines or IMAGENETS)
+        check(data)
+        return
+    assert data.names == (lines or folders)
     check(data, outputs=2)
     with pytest.raises(RequestError, match="2 class folders for 1000 .* IDs .*--classes.*each"):
         check(data)
-
-
-def test_class_folders_that_are_called_like_imagenets_classes(folder):
-    """Without --classes nobody says that the network's classes are ImageNet's."""
-    assert {"bison", "fig"} < {*IMAGENETS}
-    data = get_pictures(folder, ["bison/a.jpg", "fig/b.jpg"])
-    assert data.pictures == [("bison/a.jpg", 0), ("fig/b.jpg", 1)]
 
 
 def test_class_folders_with_links_and_hidden_folders(folder, capsys):
@@ -400,8 +360,6 @@ def test_bundled_pictures_of_another_network(run, folder):
 
 
 def test_class_ids_out_of_range(folder):
-    from classification import RequestError
-
     data = get_pictures(folder, ["1/a.jpg", "10/b.jpg"])
     check(data, outputs=11)
     with pytest.raises(RequestError, match="10/b.jpg has class ID 10, .* 0 to 9"):
@@ -411,8 +369,7 @@ def test_class_ids_out_of_range(folder):
 def test_one_output_is_binary(grey, folder):
     """Its answer is 1 if the logit is above 0; the probability is the sigmoid's."""
     pictures = [("a.png", 3, 0), ("b.png", 6, 1), ("c.png", 4, 1), ("d.png", 9, 1)]
-    result = grey(pictures, function="build_binary")
-    assert result.returncode == 0, result.stderr
+    get_output(grey(pictures, function="build_binary"))
     rows = read_table(folder, "grey-build_binary")
     assert [row["pytorch_class"] for row in rows] == list("0101")
     assert [row["opencv_rank"] for row in rows] == list("1121")
@@ -422,9 +379,8 @@ def test_one_output_is_binary(grey, folder):
     assert read_summary(folder, "grey-build_binary")["PyTorch"]["top1"] == 75
 
 
-def test_repeated_and_conflicting_labels(folder, capsys):
-    from classification import RequestError
-
+def test_label_files(folder, capsys):
+    """Lines that repeat others, that conflict, and one in a hundred pictures that doesn't exist."""
     labels = folder / "val.txt"
     config = {"img_cls_file": str(labels)}
     labels.write_text("a.jpg 3\nb.jpg 4\n\n./a.jpg 3\n")
@@ -434,54 +390,19 @@ def test_repeated_and_conflicting_labels(folder, capsys):
     labels.write_text("a.jpg 3\nb.jpg 4\n\n./a.jpg 5\n")
     with pytest.raises(RequestError, match="a.jpg is class 3 in line 1, and 5 in line 4"):
         get_pictures(folder, [], config, named_labels=True)
-
-
-@pytest.mark.parametrize(
-    "lines, missing",
-    [
-        ("# 5\na.jpg 1\n", "#"),
-        ('"a.jpg" 1\n', '"a.jpg"'),
-        ("  a.jpg 1\n", "a.jpg"),
-        ("a.jpg 1\nb.jpg 1\n", "b.jpg"),
-    ],
-)
-def test_pictures_that_do_not_exist(start, folder, lines, missing):
-    """Refused before torch is imported, which says so."""
-    (folder / "a.jpg").touch()
-    (folder / "val.txt").write_text(lines)
-    result = start("py_to_py_cls.py", "--model_name", "squeezenet1_1", "--img_root_dir", ".")
-    check_one_line(result, "val.txt", "don't exist", f": {missing}; ")
-    assert "PyTorch" not in result.stdout
-
-
-def test_a_few_pictures_that_do_not_exist(folder):
-    labels = folder / "val.txt"
     labels.write_text("".join(f"{i}.jpg 1\n" for i in range(100)))
-    config = {"img_cls_file": str(labels)}
     data = get_pictures(folder, [f"{i}.jpg" for i in range(99)], config, named_labels=True)
     assert len(data.pictures) == 100
 
 
 def test_options_that_contradict_the_transforms(folder):
     """--preprocess torchvision takes options that say what it does anyhow, and no others."""
-    from dataclasses import replace
-
-    from torchvision import models
-
-    from classification import RequestError
-    from networks import read_transforms
-
     data = get_pictures(folder, ["1/a.jpg"])
     own = read_transforms(models.ResNet50_Weights.IMAGENET1K_V1.transforms())
     check(data, preprocess="torchvision", preprocessing=replace(own, scale=0.00392157))
     check(data, preprocess="torchvision", bgr_to_rgb=True)
-    changes = [{"scale": 1.0}, {"mean": (0.0, 0.0, 0.0)}, {"std": (1.0, 1.0, 1.0)}]
-    changes += [{"initial_width": 300}, {"width": 192, "height": 192}]
-    for change in changes:
-        with pytest.raises(RequestError, match="224 pixels, in RGB"):
-            check(data, preprocess="torchvision", preprocessing=replace(own, **change))
-    with pytest.raises(RequestError, match="in RGB"):
-        check(data, preprocess="torchvision", bgr_to_rgb=False)
+    with pytest.raises(RequestError, match="224 pixels, in RGB"):
+        check(data, preprocess="torchvision", preprocessing=replace(own, initial_width=300))
     network = SimpleNamespace(transforms=None, preprocessing=own)
     with pytest.raises(RequestError, match="torchvision's networks"):
         check(data, preprocess="torchvision", network=network)
@@ -491,16 +412,15 @@ def test_options_that_contradict_the_transforms(folder):
 
 def test_order_of_the_channels(grey, folder):
     """--bgr_to_rgb False is said, and is part of the name of the results."""
-    result = grey([("a.png", 3, 3)], "--bgr_to_rgb", "False")
-    assert result.returncode == 0, result.stderr
-    assert "channels in the order BGR" in result.stdout
+    output = get_output(grey([("a.png", 3, 3)], "--bgr_to_rgb", "False"))
+    assert "channels in the order BGR" in output
     assert (folder / "logs" / "grey-build_BGR_pictures.csv").exists()
     assert "channels in the order RGB" in grey([("a.png", 3, 3)]).stdout
 
 
 def test_pictures_that_cannot_be_read(grey, folder):
-    """Skipped, counted and all in the table; ten are printed, before the figures of the others."""
-    pictures = [(f"{i:02}.png", None if 5 <= i < 17 else 3, 3) for i in range(20)]
+    """Skipped, counted and all in the table, and no other gets their label; ten are printed."""
+    pictures = [(f"{i:02}.png", None if 5 <= i < 17 else i % 10, i % 10) for i in range(20)]
     result = grey(pictures, "--batch_size", 4)
     check_one_line(result, "12 of 20 pictures", code=1)
     log = (folder / "logs" / "grey-build_log.txt").read_text()
@@ -508,9 +428,14 @@ def test_pictures_that_cannot_be_read(grey, folder):
         assert "skipped: 12 pictures" in text
         assert text.count("truncated, or not a picture") == 10
         assert text.rindex("truncated") < text.index("8 of 20 pictures")
-    rows = read_table(folder, "grey-build")
-    assert len(rows) == 20 and sum(bool(row["skipped"]) for row in rows) == 12
-    assert rows[5]["pytorch_class"] == rows[5]["l1"] == ""
+    rows = read_table(folder, "grey-build", times=True)
+    assert len(rows) == 20
+    for i, (row, (_, value, label)) in enumerate(zip(rows, pictures, strict=True)):
+        skipped = value is None
+        assert row["label"] == str(label) and bool(row["skipped"]) == skipped
+        assert row["pytorch_class"] == row["opencv_class"] == ("" if skipped else str(value))
+        assert row["opencv_rank"] == ("" if skipped else "1") and (row["l1"] == "") == skipped
+        assert row["warm_up"] == str(i < 4)
     summary = read_summary(folder)
     assert summary["read"] == 8 and summary["PyTorch"]["top1"] == 100
     check_one_line(grey([("a.png", None, 3)]), "none of the 1 pictures can be read")
@@ -518,8 +443,6 @@ def test_pictures_that_cannot_be_read(grey, folder):
 
 def test_odd_pictures(run, folder, trained):
     """Grey, CMYK, alpha, 16 bits, turned by EXIF, one pixel high."""
-    from PIL import Image
-
     colour = Image.open(PICTURES / "koala.jpg").resize((300, 400))
     colour.save(folder / "plain.png")
     colour.convert("L").save(folder / "grey.jpg")
@@ -532,8 +455,6 @@ def test_odd_pictures(run, folder, trained):
     colour.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.jpg", exif=exif, quality=100)
     Image.new("RGB", (500, 1), (90, 120, 30)).save(folder / "flat.png")
 
-    from classification import read_picture
-
     plain = read_picture(folder / "plain.png").astype(int)
     for name in ("alpha.png", "deep.png", "turned.jpg"):
         assert np.abs(read_picture(folder / name) - plain).mean() < 2, name
@@ -541,24 +462,41 @@ def test_odd_pictures(run, folder, trained):
     names = sorted(p.name for p in folder.glob("*.*g"))
     assert len(names) == 7
     (folder / "val.txt").write_text("".join(f"{name} 1\n" for name in names))
-    result = run("py_to_py_cls.py", *trained, "--img_root_dir", ".", "--img_cls_file", "val.txt")
-    assert result.returncode == 0, result.stderr
-    assert "same class 7 of 7" in result.stdout
+    options = [*trained, "--img_root_dir", ".", "--img_cls_file", "val.txt"]
+    assert "same class 7 of 7" in get_output(run("py_to_py_cls.py", *options))
 
 
 # --- nothing lost ---------------------------------------------------------------------------------
 
 
-def start(command, folder, env, **options):
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+@pytest.fixture
+def begin(folder, env, command):
+    """begin("torchrun's options" ...): the evaluation's process, which has just started."""
+
+    def begin(*launcher, cwd=folder, **options):
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        program = [sys.executable, *launcher, *command]
+        return subprocess.Popen(program, cwd=cwd, env=env, **options)
+
+    return begin
+
+
+@pytest.fixture
+def evaluate(execute, command):
+    """evaluate("an option" ...): the same, finished."""
+    return lambda *options, launcher=(): execute(sys.executable, *launcher, *command, *options)
+
+
+@pytest.fixture
+def check_resumed(evaluate, folder, whole):
+    """check_resumed(words): the same command goes on, and ends as if it had never been stopped."""
+
+    def check_resumed(words=""):
+        assert f"resuming after {words}" in get_output(evaluate())
+        assert read_figures(folder) == whole
+        assert not find_running(folder)
+
+    return check_resumed
 
 
 def find_running(folder):
@@ -577,30 +515,24 @@ def stop_after(process, folder, batches, signum):
 
 
 @pytest.mark.slow
-def test_killed_at_several_points(folder, env, command, whole):
+def test_killed_at_several_points(folder, begin, check_resumed):
     """SIGKILL twice, and a batch that was damaged: as if unbroken."""
-    stop_after(start(command, folder, env), folder, 2, signal.SIGKILL)
-    first = count_batches(folder)
-    stop_after(start(command, folder, env), folder, first + 2, signal.SIGKILL)
+    stop_after(begin(), folder, 2, signal.SIGKILL)
+    stop_after(begin(), folder, count_batches(folder) + 2, signal.SIGKILL)
     assert 4 <= count_batches(folder) < 10
     assert not (folder / "logs" / f"{NAME}_new_summary.json").exists()
     (running,) = find_running(folder)
-    done = count_batches(folder)
     damaged = next(running.glob("1-*.json"))
     damaged.write_text(damaged.read_text().replace("0.", "1.", 1))
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert f"resuming after {4 * (done - 1)} of 40 pictures" in result.stdout
-    assert read_figures(folder) == whole
-    assert not find_running(folder)
+    check_resumed(f"{4 * (count_batches(folder) - 1)} of 40 pictures")
 
 
-def test_ctrl_c(folder, env, command, whole):
+def test_ctrl_c(folder, begin, whole):
     """The results so far, under a name of their own: they don't replace a whole run's."""
     finished = folder / "logs" / f"{NAME}_new_log.txt"
     finished.parent.mkdir()
     finished.write_text("finished before")
-    process = start(command, folder, env)
+    process = begin()
     stdout, stderr = stop_after(process, folder, 2, signal.SIGINT)
     assert process.returncode == 130
     assert stderr.splitlines() == ["py_to_py_cls.py: stopped by Ctrl-C"]
@@ -613,30 +545,25 @@ def test_ctrl_c(folder, env, command, whole):
 
 
 @pytest.mark.slow
-def test_other_settings_take_nothing_over(folder, env, command):
+def test_other_settings_take_nothing_over(folder, begin, evaluate):
     """What was stopped with others is left alone, and the user is told."""
-    stop_after(start(command, folder, env), folder, 2, signal.SIGKILL)
+    stop_after(begin(), folder, 2, signal.SIGKILL)
     (running,) = find_running(folder)
-    other = [*command, "--batch_size", "20"]
-    result = subprocess.run(other, cwd=folder, env=env, capture_output=True, text=True)
-    assert "resuming" not in result.stdout
-    assert f"{running.relative_to(folder)}: stopped with other pictures" in result.stdout
+    output = get_output(evaluate("--batch_size", "20"))
+    assert "resuming" not in output
+    assert f"{running.relative_to(folder)}: stopped with other pictures" in output
     assert find_running(folder) == [running]
-    anew = [*command, "--resume", "False"]
-    result = subprocess.run(anew, cwd=folder, env=env, capture_output=True, text=True)
-    assert "resuming" not in result.stdout
+    assert "resuming" not in get_output(evaluate("--resume", "False"))
     assert not find_running(folder)
 
 
 def test_batches_that_are_damaged(folder):
     """Cut, changed, or with zeros, as after a power failure: they don't count."""
-    from evaluation import Row, read_batches, write_batch
-
     rows = [Row(i, f"{i}.jpg", 1, l1=i / 7, batch=i // 2, warm_up=False) for i in range(6)]
     rows[5] = rows[5]._replace(picture='new\nline, "x"\udcff', l1=float("nan"), skipped="é")
     batches = {number: rows[2 * number : 2 * number + 2] for number in (2, 0, 1)}
     for batch in batches.values():
-        write_batch(folder / "running", batch)
+        evaluation.write_batch(folder / "running", batch)
     assert repr(read_batches(folder / "running")) == repr(dict(sorted(batches.items())))
     del batches[1]
     (path,) = (folder / "running").glob("1-*.json")
@@ -654,27 +581,20 @@ def test_batches_that_are_damaged(folder):
 
 def test_the_key_of_an_evaluation(folder):
     """Changed pictures of the same names and sizes are others, and so is another last digit."""
-    from dataclasses import replace
-
-    from evaluation import get_key
-    from labelled_pictures import Data
-    from networks import Request, read_own_preprocessing
-
     shutil.copy(PICTURES / "koala.jpg", folder)
     network = SimpleNamespace(request=Request("a"), weights="own")
     converted = SimpleNamespace(made_from="1", load_info={}, engines=["new"])
     config = SimpleNamespace(batch_size=5)
     args = SimpleNamespace(preprocess="tutorial", engine="auto")
-    own, _ = read_own_preprocessing("a", None)
 
-    def key(label=105, preprocessing=own):
+    def key(label=105, preprocessing=IMAGENET):
         data = Data([("koala.jpg", label)], str(folder), [])
-        return get_key(network, converted, preprocessing, data, config, args)
+        return evaluation.get_key(network, converted, preprocessing, data, config, args)
 
     before = key()
     assert key() == before
     assert key(label=106) != before
-    assert key(preprocessing=replace(own, scale=0.00392157)) != before
+    assert key(preprocessing=replace(IMAGENET, scale=0.00392157)) != before
     status = os.stat(folder / "koala.jpg")
     # another picture of the same size, and its times set back
     (folder / "koala.jpg").write_bytes(bytes(status.st_size))
@@ -683,42 +603,41 @@ def test_the_key_of_an_evaluation(folder):
 
 
 @pytest.mark.slow
-def test_full_disk(folder, env, command, whole):
+def test_full_disk(folder, begin, check_resumed):
     """A limit on the size of a file stands in for it: one line, and the state so far intact."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # noqa: E731
-    process = start(command, folder, env, preexec_fn=limit)
+    process = begin(preexec_fn=limit)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2
     assert len(stderr.splitlines()) == 1 and "can't be written" in stderr
     assert count_batches(folder) >= 1
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert "resuming after" in result.stdout
+    check_resumed()
+
+
+TORCHRUN = ["-m", "torch.distributed.run"]
+TWO_PROCESSES = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
+
+
+def test_two_processes_give_the_figures_of_one(folder, evaluate, whole):
+    output = get_output(evaluate(launcher=TWO_PROCESSES))
+    assert output.count("same class 40 of 40") == 1
     assert read_figures(folder) == whole
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-
-
-def test_two_processes_give_the_figures_of_one(folder, env, command, whole):
-    torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *command[1:]]
-    result = subprocess.run(torchrun, cwd=folder, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("same class 40 of 40") == 1
-    assert read_figures(folder) == whole
-    assert sorted(p.name for p in (folder / "logs").iterdir()) == [
-        f"{NAME}_new_{e}" for e in RESULTS
-    ]
+    found = sorted(p.name for p in (folder / "logs").iterdir())
+    assert found == [f"{NAME}_new_{end}" for end in RESULTS]
 
 
 @pytest.mark.slow
-def test_two_machines_give_the_figures_of_one(folder, env, command, whole, free_port):
+def test_two_machines_give_the_figures_of_one(folder, begin, whole):
     """Two agents, as they are started on two machines, each in a folder of its own."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
     agents = []
     for rank in range(2):
         shutil.copytree(folder / "models", folder / f"machine{rank}" / "models")
-        torchrun = [*TORCHRUN, "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1"]
-        torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(free_port), *command[1:]]
-        agents.append(start(torchrun, folder / f"machine{rank}", env))
+        launcher = [*TORCHRUN, "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1"]
+        launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        agents.append(begin(*launcher, cwd=folder / f"machine{rank}"))
     for agent in agents:
         _, stderr = agent.communicate(timeout=300)
         assert agent.returncode == 0, stderr
@@ -727,32 +646,26 @@ def test_two_machines_give_the_figures_of_one(folder, env, command, whole, free_
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_run(folder, env, command, whole):
+def test_a_rank_that_dies_ends_the_run(folder, execute, begin, check_resumed):
     """With an error, no hang; and one process continues from what both have done."""
-    agent = start([*TORCHRUN, "--standalone", "--nproc-per-node", "2", *command[1:]], folder, env)
+    agent = begin(*TWO_PROCESSES)
     while count_batches(folder) < 2 and agent.poll() is None:
         time.sleep(0.005)
-    ranks = subprocess.run(
-        ["pgrep", "-P", str(agent.pid), "-f", "py_to_py_cls"], capture_output=True, text=True
-    ).stdout.split()
+    ranks = get_output(execute("pgrep", "-P", agent.pid, "-f", "py_to_py_cls")).split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
     agent.communicate(timeout=120)
     assert agent.returncode != 0
     assert not (folder / "logs" / f"{NAME}_new_summary.json").exists()
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert "resuming after" in result.stdout
-    assert read_figures(folder) == whole
+    check_resumed()
 
 
 @pytest.mark.slow
-def test_results_that_cannot_be_written_under_torchrun(folder, env, command, whole):
+def test_results_that_cannot_be_written_under_torchrun(folder, evaluate, check_resumed):
     """The states of all processes are kept."""
-    (folder / "logs" / f"{NAME}_new_log.txt").mkdir(parents=True)
-    torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *command[1:]]
-    result = subprocess.run(torchrun, cwd=folder, env=env, capture_output=True, text=True)
-    assert result.returncode != 0 and f"{NAME}_new_log.txt: can't be written" in result.stderr
+    log = folder / "logs" / f"{NAME}_new_log.txt"
+    log.mkdir(parents=True)
+    result = evaluate(launcher=TWO_PROCESSES)
+    assert result.returncode != 0 and f"{log.name}: can't be written" in result.stderr
     assert count_batches(folder) == 10
-    (folder / "logs" / f"{NAME}_new_log.txt").rmdir()
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert "resuming after 40 of 40 pictures" in result.stdout
-    assert read_figures(folder) == whole
+    log.rmdir()
+    check_resumed("40 of 40 pictures")

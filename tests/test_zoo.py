@@ -5,31 +5,16 @@ import re
 import shutil
 from pathlib import Path
 
-import cv2
 import pytest
-from conftest import MODELS, PICTURES, ROOT, check_one_line, read_answer
+from conftest import MODELS, PICTURES, ROOT, check_one_line, get_output, read_answer
 
 from classification import read_zoo
-from common import Preprocessing, read_tutorial, write_entry
+from common import write_entry
 from conversion import Converted
-from default_preprocess_config import pytorch_resize_input_blob
-from networks import get_torchvision_weights, read_transforms
+from networks import IMAGENET, get_torchvision_weights, read_transforms
 
 KOALA = PICTURES / "koala.jpg"
 CONVERT = ["--model_name", "squeezenet1_1", "--evaluate", "False"]
-
-
-def read_entry(path, name):
-    """The fields that OpenCV's samples know, by cv2.FileStorage."""
-    storage = cv2.FileStorage(str(path), cv2.FILE_STORAGE_READ)
-    node = storage.getNode(name)
-    text = {key: node.getNode(key).string() for key in ("model", "classes", "sample")}
-    numbers = {key: node.getNode(key).real() for key in ("scale", "width", "height")}
-    lists = {
-        key: [node.getNode(key).at(i).real() for i in range(node.getNode(key).size())]
-        for key in ("mean", "std")
-    }
-    return text | numbers | lists
 
 
 def read_raw(path, name):
@@ -43,44 +28,53 @@ def test_entry_of_a_converted_network(run, start, folder, weights):
     name = "squeezenet1_1-trained"
     assert f"models/models.yml: python classification.py {name}" in result.stdout
     path = folder / "models" / "models.yml"
-    entry = read_entry(path, name)
-    classes = folder / "models" / entry.pop("classes")
+    entry = read_zoo(path)[name]
+    classes = folder / "models" / entry["classes"]
     assert classes.read_bytes() == (PICTURES / "imagenet_classes.txt").read_bytes()
+    engines, made_from = entry.pop("engines"), entry.pop("made_from")
+    assert sorted(engines) == ["classic", "new"] and made_from.keys() == {"file", "entry"}
+    sha1 = hashlib.sha1((folder / "models" / f"{name}.onnx").read_bytes()).hexdigest()
     assert entry == {
+        "load_info": {"sha1": sha1},
         "model": f"{name}.onnx",
-        "sample": "classification",
         "scale": pytest.approx(1 / 255),
         "mean": [123.675, 116.28, 103.53],
         "std": [0.229, 0.224, 0.225],
+        "rgb": 1,
+        "crop": 1,
         "width": 224,
         "height": 224,
+        "initial_width": 256,
+        "initial_height": 256,
+        "engine": engines[0],
+        "outputs": 1000,
+        "sample": "classification",
+        "classes": f"{name}_imagenet_classes.txt",
+        "labels": f"{name}_imagenet_classes.txt",
     }
     raw = read_raw(path, name)
-    sha1 = hashlib.sha1((folder / "models" / f"{name}.onnx").read_bytes()).hexdigest()
-    assert f'  load_info: {{sha1: "{sha1}"}}\n' in raw
-    assert "  rgb: true\n" in raw and "  outputs: 1000\n" in raw and "weights" not in raw
-    engines = read_zoo(path)[name]["engines"]
-    assert sorted(engines) == ["classic", "new"] and f'  engine: "{engines[0]}"\n' in raw
+    assert f'  load_info: {{sha1: "{sha1}"}}\n' in raw and "  rgb: true\n" in raw
 
     # random weights have an entry of their own
     result = run("py_to_py_cls.py", *CONVERT, "--weights", "random")
     assert "models/models.yml: python classification.py squeezenet1_1-random" in result.stdout
     assert read_raw(path, name) == raw
-    assert read_entry(path, "squeezenet1_1-random")["model"] == "squeezenet1_1-random.onnx"
-    assert '  weights: "random"\n' in read_raw(path, "squeezenet1_1-random")
-    assert set(read_zoo(path)) == {name, "squeezenet1_1-random"}
+    entries = read_zoo(path)
+    assert entries.keys() == {name, "squeezenet1_1-random"}
+    assert entries["squeezenet1_1-random"]["model"] == "squeezenet1_1-random.onnx"
+    assert entries["squeezenet1_1-random"]["weights"] == "random"
 
     by_name = run("classification.py", name, "--input", KOALA)
     by_file = run("classification.py", "--input", f"models/{name}.onnx", KOALA)
-    assert read_answer(by_name.stdout) == read_answer(by_file.stdout)
+    assert read_answer(by_name) == read_answer(by_file)
     assert "RANDOM" not in by_name.stdout
     assert "RANDOM" in run("classification.py", "squeezenet1_1-random").stdout
 
-    # the folder can be taken elsewhere: nothing of the project is needed
+    # the folder can be taken elsewhere, and the entry is found beside the script from any folder
     shutil.move(folder / "models", folder.parent / "elsewhere")
     shutil.copy(ROOT / "classification.py", folder.parent / "elsewhere")
     moved = start(folder.parent / "elsewhere" / "classification.py", name, "--input", KOALA)
-    assert read_answer(moved.stdout) == read_answer(by_name.stdout)
+    assert read_answer(moved) == read_answer(by_name)
 
 
 @pytest.fixture
@@ -108,7 +102,7 @@ def zoo(folder, model):
         ("ort", 'engine: "ort"'),
         ("vgg16-random", "scale: 1.0"),
         ("tiny", "std: []\n  mean: [-1e-05, -2, 0.5]\n  scale: -1.5e-05\n  rgb: 1"),
-        ("empty", "mean: []"),
+        ("empty", 'mean: []\n  weights: "random"'),
     ):
         entry = f'{name}:\n  {line}\n  model: "net.onnx"\n  sample: "classification"\n'
         path.write_text(path.read_text() + entry)
@@ -119,29 +113,17 @@ def test_entry_of_opencvs_samples(run, zoo):
     """What it leaves out is what it is in the samples: no std, no crop, no initial resize."""
     options = ["--input", KOALA, "--zoo", zoo]
     by_name = run("classification.py", "net", *options)
-    spelled = [
-        "--mean",
-        "104",
-        "117",
-        "123",
-        "--scale",
-        "0.5",
-        "--width",
-        "192",
-        "--height",
-        "160",
-        "--rgb",
-    ]
+    spelled = ["--mean", 104, 117, 123, "--scale", 0.5, "--width", 192, "--height", 160, "--rgb"]
     spelled += ["--model", zoo.parent / "net.onnx", "--input", KOALA]
     spelled += ["--classes", zoo.parent / "names.txt"]
-    assert read_answer(by_name.stdout) == read_answer(run("classification.py", *spelled).stdout)
+    assert read_answer(by_name) == read_answer(run("classification.py", *spelled))
     assert "label: name " in by_name.stdout
     assert "scale 0.5, mean [104.0, 117.0, 123.0], std None, rgb True, crop False" in by_name.stdout
 
     # options on the command line win
     changed = run("classification.py", "net", *options, "--mean", "0", "0", "0", "--rgb", "False")
     assert "scale 0.5, mean [0.0, 0.0, 0.0], std None, rgb False, crop False" in changed.stdout
-    assert read_answer(changed.stdout) != read_answer(by_name.stdout)
+    assert read_answer(changed) != read_answer(by_name)
     other = run("classification.py", "net", "--zoo", zoo, "--input", "other.onnx", KOALA)
     check_one_line(other, "other.onnx", "no such file")
 
@@ -155,10 +137,7 @@ def test_entry_of_opencvs_samples(run, zoo):
         (["net", "--initial_width", "256"], ["initial_width", "go together"]),
         (["odd"], ["models.yml: odd: error: argument --mean: invalid finite value: ' x'"]),
         (["two"], ["models.yml: two: error: argument --width", "'a'"]),
-        (
-            ["three"],
-            ["models.yml: three: error: argument --height: invalid positive_int value: '[8, 7]'"],
-        ),
+        (["three"], ["three: error: argument --height: invalid positive_int value: '[8, 7]'"]),
         (["four"], ["models.yml: four: error: argument --std: expected 3 arguments"]),
         (["inf"], ["models.yml: inf: error: argument --scale: invalid non_zero value: 'inf'"]),
         (["ort"], ["models.yml: ort: error: argument --engine: invalid choice: 'ort'"]),
@@ -174,12 +153,16 @@ def test_entries_that_cannot_be_used(run, folder, zoo, arguments, words):
 
 
 def test_numbers_of_every_kind(run, zoo):
-    """-1e-05 isn't an option, `std: []` and `mean: []` are none, an option wins over an entry."""
+    """-1e-05 isn't an option, `std: []` and `mean: []` are none, an option wins over an entry.
+
+    That the weights are random can be said by the entry alone.
+    """
     result = run("classification.py", "tiny", "--zoo", zoo, "--input", KOALA, "--crop", "yes")
     expected = "scale -1.5e-05, mean [-1e-05, -2.0, 0.5], std None, rgb True, crop True, width 224"
     assert expected in result.stdout, result.stderr
     result = run("classification.py", "empty", "--zoo", zoo, "--input", KOALA)
     assert "scale 1.0, mean [0.0, 0.0, 0.0], std None, rgb False" in result.stdout
+    assert "* RANDOM WEIGHTS" in result.stdout
 
 
 def test_other_peoples_entries_stay_as_they_are(tmp_path):
@@ -189,39 +172,25 @@ def test_other_peoples_entries_stay_as_they_are(tmp_path):
     path = tmp_path / "models.yml"
     path.write_text(before + after, "utf-8")
     converted = Converted(tmp_path / "net.onnx", ["new"], 1000, {"sha1": "0"}, "1")
-    preprocessing = Preprocessing(**read_tutorial(pytorch_resize_input_blob))
-    write_entry(converted, preprocessing, None, {})
+    write_entry(converted, IMAGENET, None, {})
     text = path.read_text("utf-8")
     others = before.replace('net:\n  model: "a.onnx"\n', "") + after
     assert text.startswith(others) and text.count("net:\n") == 2
-    assert read_zoo(path)["net"]["made_from"] == {
-        "file": "1",
-        "entry": hashlib.sha256(b"{}").hexdigest(),
-    }
-    write_entry(converted, preprocessing, None, {})
+    made_from = {"file": "1", "entry": hashlib.sha256(b"{}").hexdigest()}
+    assert read_zoo(path)["net"]["made_from"] == made_from
+    write_entry(converted, IMAGENET, None, {})
     assert path.read_text("utf-8") == text
 
     # YAML's end mark, and a key with a space before its colon
     path.write_text(text.replace("\nnet:", "\nnet :") + "...\n", "utf-8")
     converted.engines = ["classic", "new"]
-    write_entry(converted, preprocessing, None, {})
-    expected = text.replace('engine: "new"', 'engine: "classic"').replace(
-        '["new"]', '["classic", "new"]'
-    )
-    assert path.read_text("utf-8") == expected
+    write_entry(converted, IMAGENET, None, {})
+    expected = text.replace('engine: "new"', 'engine: "classic"')
+    assert path.read_text("utf-8") == expected.replace('["new"]', '["classic", "new"]')
 
 
 def test_a_name_without_any_entries(run):
     check_one_line(run("classification.py", "resnet18"), "models.yml", "'resnet18'", "convert")
-
-
-def test_entries_are_found_beside_the_script(folder, zoo, start):
-    """As in OpenCV's samples, from any folder."""
-    shutil.copy(ROOT / "classification.py", zoo.parent)
-    (folder / "elsewhere").mkdir()
-    result = start(zoo.parent / "classification.py", "net", "--input", KOALA)
-    assert result.returncode == 0, result.stderr
-    assert "label: name " in result.stdout
 
 
 def test_a_name_is_searched_in_every_place(run, folder, zoo):
@@ -229,7 +198,7 @@ def test_a_name_is_searched_in_every_place(run, folder, zoo):
     (folder / "models").mkdir()
     (folder / "models" / "models.yml").write_text('%YAML 1.0\n---\nother:\n  model: "a.onnx"\n')
     shutil.copytree(zoo.parent, folder, dirs_exist_ok=True)
-    assert run("classification.py", "net", "--input", KOALA).returncode == 0
+    get_output(run("classification.py", "net", "--input", KOALA))
     check_one_line(run("classification.py", "absent"), "models/models.yml, models.yml")
 
 
@@ -277,23 +246,20 @@ def test_a_size_of_its_own(run, folder):
     """Test mode, models.yml and the file agree on what the weights' metadata say."""
     options = ["--model_name", "efficientnet_b1", "--weights", "random", "--test", "True"]
     result = run("py_to_py_cls.py", *options)
-    assert result.returncode == 0, result.stderr
     assert "width 240, height 240, initial_width 256, initial_height 256" in result.stdout
-    assert read_entry(folder / "models" / "models.yml", "efficientnet_b1-random")["width"] == 240
+    assert read_zoo(folder / "models" / "models.yml")["efficientnet_b1-random"]["width"] == 240
     by_name = run("classification.py", "efficientnet_b1-random")
-    assert read_answer(by_name.stdout) == read_answer(result.stdout)
+    assert read_answer(by_name) == read_answer(result)
     # the file alone finds its entry as well, and not the size of most networks
     by_file = run("classification.py", "--input", "models/efficientnet_b1-random.onnx")
-    assert read_answer(by_file.stdout) == read_answer(result.stdout)
+    assert read_answer(by_file) == read_answer(result)
 
 
 def test_presets_are_torchvisions():
     """The tutorial's preset is the metadata of the tutorial's networks; others bring their own."""
     for name in MODELS:
         transforms = next(iter(get_torchvision_weights(name).values())).transforms()
-        assert read_transforms(transforms) == Preprocessing(
-            **read_tutorial(pytorch_resize_input_blob)
-        )
+        assert read_transforms(transforms) == IMAGENET
     for name, weights, size, resize in [
         ("resnet50", "IMAGENET1K_V2", 224, 232),
         ("inception_v3", "IMAGENET1K_V1", 299, 342),
