@@ -30,7 +30,7 @@ import numpy as np
 BUNDLED_PICTURE = Path(__file__).resolve().parent / "test_data" / "cls" / "red_panda.jpg"
 
 ZOO_NAME = "models.yml"
-ZOO_SAMPLE = "classification"  # what OpenCV's samples call the entries that are for this one
+ZOO_SAMPLE = "classification"  # the `sample` of the entries that are for this program
 
 # What torchvision's ImageNet networks expect, with pixel values from 0 to 255:
 # https://docs.pytorch.org/vision/stable/models.html. This file travels alone, so the numbers are
@@ -41,7 +41,7 @@ TORCHVISION = {
     "initial_width": 256, "initial_height": 256,
 }  # fmt: skip
 
-RANDOM, RANDOM_SUFFIX = "random", "-random"  # weights in an entry; the end of a file's name
+RANDOM, RANDOM_SUFFIX = "random", "-random"  # an entry's `weights`; the end of a file's name
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
@@ -51,8 +51,8 @@ SAVED_VIDEOS = {".mp4": "mp4v", ".avi": "MJPG"}  # and their codecs
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 WINDOW = "Classification with OpenCV DNN"
-# OpenCV 5.0.0's Qt returns these, too, if they are pressed alone, and has X11's codes for them:
-# Shift, Control, Caps Lock, Alt and the like; AltGr; Num Lock.
+# X11's codes of modifiers, which OpenCV 5.0.0 with Qt reports as key presses: Shift, Control,
+# Caps Lock, Alt and the like; AltGr; Num Lock.
 MODIFIERS = (*range(0xFFE1, 0xFFEF), 0xFE03, 0xFF7F)
 
 
@@ -64,9 +64,9 @@ class RequestError(Exception):
 
 def run(main):
     """Call `main` and exit with its code. An error is one line on stderr."""
-    if "OPENCV_LOG_LEVEL" not in os.environ:  # OpenCV's own reports of what is reported below
-        set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4, 5
-        set_log_level(0)  # silent
+    if "OPENCV_LOG_LEVEL" not in os.environ:  # OpenCV's own log of errors that are reported below
+        set_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4.10, 5.0
+        set_level(0)  # silent
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the same
     # kill raises SystemExit, so that temporary files are removed
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
@@ -100,12 +100,12 @@ def one_line(error):
 
 
 def get_constants(prefix, **names):
-    """{name: value} of the constants of cv2.dnn with this prefix. names: other ones for some."""
+    """{name: value} of the constants of cv2.dnn with this prefix. names: others for some."""
     ends = sorted(key.removeprefix(prefix) for key in dir(cv2.dnn) if key.startswith(prefix))
     return {names.get(end, end.lower()): getattr(cv2.dnn, prefix + end) for end in ends[::-1]}
 
 
-# What this build of OpenCV has, as its samples call it. OpenCV 4 has one engine, without a name.
+# What this build of OpenCV has, by the names of its samples. OpenCV 4's one engine has none.
 ENGINES = get_constants("ENGINE_")
 BACKENDS = get_constants("DNN_BACKEND_", INFERENCE_ENGINE="openvino")
 TARGETS = get_constants("DNN_TARGET_", MYRIAD="ncs2_vpu", HDDL="hddl_vpu")
@@ -120,7 +120,7 @@ def make_parser(docstring):
     return argparse.ArgumentParser(description=docstring, allow_abbrev=False, **how)
 
 
-def parse_bool(text):
+def boolean(text):
     """True or False for what people type; argparse's type=bool would take "False" for True."""
     if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
         raise ValueError
@@ -164,7 +164,7 @@ def get_parser():
     add("--scale", type=non_zero, metavar="V", help="multiply by this, after the mean [1.0]")
     add("--mean", type=finite, nargs=3, metavar="V", help="subtract; R G B if --rgb [0 0 0]")
     add("--std", type=non_zero, nargs=3, metavar="V", help="divide the blob by these [none]")
-    switch = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
+    switch = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
     add("--rgb", **switch, help="swapRB: the network takes RGB, OpenCV reads BGR [False]")
     add("--crop", **switch, help="scale the shorter side to the blob, cut off the rest [False]")
     size = {"type": positive_int, "metavar": "PX"}
@@ -180,7 +180,7 @@ def get_parser():
 
 
 def get_args():
-    """The command line, over the options of its entry in models.yml: args.entry, {} for none."""
+    """The options of the command line, else of the network's entry in models.yml, args.entry."""
     parser = get_parser()
     args = parser.parse_args()
     models = [item for item in args.input if item.lower().endswith(".onnx")]
@@ -203,7 +203,7 @@ def get_args():
         elif key in ("model", "config", "classes", "labels") and value:
             options.append(f"--{key}={find_file(value, entry, zoo.parent)}")
     parser.prog = f"{zoo}: {name}"  # only its options can still be wrong
-    args = parser.parse_args(namespace=parser.parse_args(options))
+    args = parser.parse_args(namespace=parser.parse_args(options))  # the command line wins
     args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
     args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
     args.model = models[0] if models else args.model
@@ -214,22 +214,22 @@ def get_args():
 def find_entry(alias, zoo, model=None):
     """(path of the models.yml, name, entry) of the alias, else of the model file.
 
-    (Path(), "", {}) if a model file has no entry. Raises RequestError if an alias has none.
+    (Path(), "", {}) if a model file has none. Raises RequestError if an alias or --zoo has none.
     """
     beside = Path(__file__).resolve().parent
     folders = [Path("models"), Path(), beside / "models", beside] if alias else [Path(model).parent]
     paths = [Path(zoo)] if zoo else [folder / ZOO_NAME for folder in folders]
     wanted, names = alias or Path(model).name, []
-    for path in filter(Path.is_file, paths):
+    for path in paths if zoo else filter(Path.is_file, paths):
         for name, entry in read_zoo(path).items():
             if wanted in (name, entry.get("model")):
                 return path, name, entry
             names.append(name)
-    if not alias:
+    if not (alias or zoo):
         return Path(), "", {}
     known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
     where = ", ".join(map(str, paths))
-    raise RequestError(f"no entry '{alias}' in {where}: {known} (pictures go after --input)")
+    raise RequestError(f"no entry '{wanted}' in {where}: {known} (pictures go after --input)")
 
 
 def find_file(name, entry, folder=""):
@@ -250,16 +250,16 @@ def read_zoo(path):
     """{name: entry} of a models.yml, of the entries for this sample; each is a dictionary."""
     try:
         storage = cv2.FileStorage(check_name(str(path)), cv2.FILE_STORAGE_READ)
-        entries = read_node(storage.root()).items()  # empty if nothing holds the storage
+        entries = read_node(storage.root()).items()  # keep `storage`: the nodes are part of it
     # SystemError: from the constructor, in OpenCV 4.10 to 5.0; ValueError: texts that aren't UTF-8;
     # AttributeError: a list, or nothing
     except (cv2.error, SystemError, ValueError, AttributeError):
-        raise RequestError(f"{path}: OpenCV can't read this as YAML; repair or delete it") from None
+        raise RequestError(f"{path}: missing, or not YAML that OpenCV can read") from None
     return {n: e for n, e in entries if isinstance(e, dict) and e.get("sample") == ZOO_SAMPLE}
 
 
 def read_node(node):
-    """The dictionary, list, number or text of a cv2.FileNode; true is 1 (5.0) or "true" (4)."""
+    """The dictionary, list, number or text of a node; `true` is 1 in OpenCV 5.0, "true" in 4."""
     if node.isSeq():
         return [read_node(node.at(i)) for i in range(node.size())]
     if node.isInt() or node.isReal():
@@ -339,7 +339,7 @@ def read_net(args):
         raise RequestError(f"this OpenCV has no --target {args.target} on --backend {args.backend}")
     # only our own: OpenCV's entry of googlenet, for instance, has the hash of an empty file
     if "made_from" in args.entry and get_load_info(args.model) != args.entry.get("load_info"):
-        raise RequestError(f"{args.model}: missing, or not of its entry's SHA-1; convert it again")
+        raise RequestError(f"{args.model}: missing, or changed (by its SHA-1); convert it again")
     on_cpu = (args.backend, args.target) == ("default", "cpu")
     engine = [ENGINES[args.engine if on_cpu else "classic"]] if ENGINES else []
     try:
@@ -353,7 +353,7 @@ def read_net(args):
 
 
 def get_load_info(model):
-    """{"sha1": of a model file} as in OpenCV's models.yml, and of the .data beside a large one."""
+    """{"sha1": a model file's} as in OpenCV's models.yml; "data_sha1" of a large one's .data."""
     files = {"sha1": Path(model), "data_sha1": Path(f"{model}.data")}
     return {k: hashlib.sha1(f.read_bytes()).hexdigest() for k, f in files.items() if f.exists()}
 
@@ -381,7 +381,7 @@ def forward(net, blob):
         net.setInput(blob)
         out = net.forward()
     except cv2.error as error:
-        hint = f"it can't take {blob.shape[3]}x{blob.shape[2]}: set --width and --height"
+        hint = f"the network can't take {blob.shape[3]}x{blob.shape[2]}: set --width and --height"
         raise RequestError(f"{hint}: {one_line(error)}") from None
     ms = 1000 * (time.perf_counter() - start)
     outputs = len(net.getUnconnectedOutLayersNames())
@@ -394,7 +394,7 @@ def forward(net, blob):
 
 
 def get_answers(logits, names, top_k):
-    """Yield (text for stdout, for the picture), the best first. names: of the classes, or empty."""
+    """Yield (text for stdout, text for the picture), best first. names: the classes', or empty."""
     if len(logits) == 1:  # a value, which has no classes
         text = f"{names[0] if names else 'value'}: {logits[0]:.4f}"
         yield text, text
@@ -411,7 +411,7 @@ def get_answers(logits, names, top_k):
 
 
 def annotate(picture, lines):
-    """Write lines into the top left corner; those without room are counted, the last goes first."""
+    """Write lines into the top left corner: as many as fit, and how many more answers there are."""
     height, width = picture.shape[:2]
     zoom = max(min(width / 900, height / (34 * len(lines))), 0.45)  # capitals of 9 px or more
     step, thickness = int(34 * zoom), max(1, round(1.5 * zoom))
@@ -427,17 +427,17 @@ def annotate(picture, lines):
         cv2.putText(picture, line, origin, FONT, zoom, (0, 255, 0), thickness, cv2.LINE_AA)
 
 
-def fit(picture, size, limit):
-    """The picture scaled to `size` (width, height); limit: min, only if larger, or max, smaller."""
+def fit(picture, size, pick):
+    """The picture scaled to `size` (width, height); pick: min only shrinks, max only enlarges."""
     height, width = picture.shape[:2]
-    zoom = limit(1, min(size[0] / width, size[1] / height))
+    zoom = pick(1, min(size[0] / width, size[1] / height))
     new_size = (max(1, round(width * zoom)), max(1, round(height * zoom)))
     # INTER_AREA: scaling down in any other way drops lines of pixels, and the text with them
     return cv2.resize(picture, new_size, interpolation=cv2.INTER_AREA)
 
 
 def get_output_paths(sources, args, window):
-    """Yield each result's path: --output, or in that folder; numbered if an input or result has it.
+    """Yield each result's path: --output, or a file in it; with a number if the name is taken.
 
     None: not saved; a camera, or a video that is shown, if --output isn't given.
     """
@@ -535,7 +535,7 @@ def main():
         print("keys in the window: q or Esc ends the program, space pauses, any other key goes on")
     code, answered = 0, False
     for number, (source, output) in enumerate(jobs, 1):
-        seconds = 1 if number < len(jobs) else np.inf  # as OpenCV 5's sample
+        seconds = 1 if number < len(jobs) else np.inf  # as in OpenCV 5's sample
         try:
             for picture, rate in classify(source, output, net, args):
                 answered = True

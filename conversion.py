@@ -46,8 +46,9 @@ class NotConvertible(RequestError):
 
 def get_onnx_path(request):
     """Where a converted network is kept: all that you ask for is part of its name."""
-    sizes = [str(size) for size in (request.width, request.height) if size]
-    stem = "-".join([get_alias(request.name), *dict.fromkeys(sizes)])
+    sizes = [request.width or "own", request.height or "own"]
+    sizes = [] if sizes == ["own", "own"] else dict.fromkeys(map(str, sizes))
+    stem = "-".join([get_alias(request.name), *sizes])
     if request.is_random:
         stem += RANDOM_SUFFIX
     elif request.weights:
@@ -87,6 +88,7 @@ def find_converted(request, options=None):
         made_from, engines, outputs = entry["made_from"], entry["engines"], entry["outputs"]
         converted = Converted(path, engines, outputs, entry["load_info"], made_from["file"])
         damaged = not engines or not {*engines} <= ENGINES.keys() or not outputs > 0
+        damaged |= not path.with_name(entry.get("labels", path.name)).exists()
         other_options = options is not None and made_from["entry"] != get_hash(options)
     except (KeyError, TypeError):  # there is none, or it lacks a key
         return None

@@ -437,7 +437,7 @@ def evaluate(network, converted, data, config, args):
     given = read_tutorial(vars(args)) | {"rgb": config.bgr_to_rgb}
     p, total = replace(network.preprocessing, **given), len(data.pictures)
     key = get_key(network, converted, p, data, config, args)
-    # what differs from the defaults is in the name of the results, so no run replaces another's
+    # these three are in the name of the results, if they differ from the defaults
     options = {args.preprocess: "tutorial", args.engine: "auto", key["channels"]: "RGB"}
     differs = [option for option, default in options.items() if option != default]
     name = "_".join([converted.path.stem, *differs])

@@ -318,16 +318,23 @@ def read_own_preprocessing(name, model):
         resize = 1 / (config.get("crop_pct") or 1)
         return adapt_preprocessing(config["mean"], config["std"], width, height, resize), True
     config = getattr(model, "config", None)
-    path = Path(getattr(config, "_name_or_path", ""), "preprocessor_config.json")
-    about = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    size = getattr(config, "image_size", None) or about.get("crop_size") or about.get("size", 224)
-    if isinstance(size, dict):
-        size = size.get("shortest_edge") or (size["height"], size["width"])
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    if not about:
+    folder = getattr(config, "_name_or_path", "")
+    path = Path(folder, "preprocessor_config.json")
+    about = json.loads(path.read_text("utf-8")) if folder and path.is_file() else {}
+    size, crop_size = about.get("size", 224), about.get("crop_size")
+    height, width = get_sides(getattr(config, "image_size", None) or crop_size or size)
+    if not {"image_mean", "image_std"} <= about.keys():
         return scale_frame(IMAGENET, width, height), False
     print(f"{name}: preprocessing from {path}")
-    return adapt_preprocessing(about["image_mean"], about["image_std"], width, height, 1), True
+    resize = min(get_sides(size)) / min(get_sides(crop_size)) if crop_size else 1
+    return adapt_preprocessing(about["image_mean"], about["image_std"], width, height, resize), True
+
+
+def get_sides(size):
+    """(height, width) of a size as transformers writes it: a number, a pair, or a dictionary."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or (size["height"], size["width"])
+    return size if isinstance(size, (tuple, list)) else (size, size)
 
 
 def scale_frame(preprocessing, width, height):

@@ -25,9 +25,9 @@ from classification import (
     SAVED_PICTURES,
     ZOO_NAME,
     RequestError,
+    boolean,
     get_blob,
     make_parser,
-    parse_bool,
     read_lines,
     read_picture,
     run,
@@ -53,7 +53,7 @@ def model_name(text):
 def get_parser():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    yes_no = {"type": parse_bool, "metavar": "BOOL"}
+    yes_no = {"type": boolean, "metavar": "BOOL"}
     add("--model_name", type=model_name, metavar="NAME",
         help="the network: one of --list_models, resnet50 for instance; or MODULE:FUNCTION, "
         "a function that returns an nn.Module, in the current folder or an installed package")
@@ -104,7 +104,7 @@ def add_config(parser, config_class, title, description=None):
 def get_args():
     """The command line, with args.request.
 
-    Raises RequestError for options that have no effect, or don't go together.
+    Raises RequestError for some options that have no effect, or don't go together.
     """
     args = get_parser().parse_args()
     if not (args.model_name or args.list_models):
@@ -114,7 +114,7 @@ def get_args():
     width, height = args.frame_width or args.frame_size, args.frame_height or args.frame_size
     args.request = Request(args.model_name, args.weights, args.weights_key, width, height)
     if args.weights_key and not args.request.is_file:
-        raise RequestError("--weights_key has no effect without --weights FILE; leave it out")
+        raise RequestError(f"--weights_key needs --weights FILE; '{args.weights}' isn't a file")
     if args.evaluate and not args.test and (args.crop, args.rgb) != (None, None):
         raise RequestError("--crop and --rgb have no effect on an evaluation; leave them out")
     if (args.rsz_width is None) != (args.rsz_height is None):
@@ -153,36 +153,42 @@ def list_models():
 def get_converted(args, module_config, picture, names, data):
     """(Network, Converted): the file that was converted before, or a new one with its entry.
 
-    A test is met by an entry that was written for the same options, mostly without the Network,
-    which is None then. An evaluation takes any entry of the file, and changes none; if it has to
-    convert, the entry gets the network's own preprocessing.
+    A test, or a conversion alone, takes a file whose entry was written for the same options. If
+    that is known without PyTorch, the Network is None. An evaluation takes any entry of the file,
+    and changes none; if it has to convert, the entry gets the network's own preprocessing.
     """
-    as_network_wants = args.default_img_preprocess or not args.test
+    only_evaluates = args.evaluate and not args.test
+    as_network_wants = args.default_img_preprocess or only_evaluates
     given = read_tutorial(vars(args if as_network_wants else module_config))
     # what the entry depends on, beside the network
     options = {"as_network_wants": as_network_wants, "given": given}
     options["classes"] = get_digest(module_config.classes)
-    if not args.evaluate and (converted := find_converted(args.request, options)):
-        return None, converted
+    if not args.evaluate:
+        converted = find_converted(args.request, options)
+        if converted:
+            return None, converted
     network = load_network(args.request, or_random=data is None or data.bundled)
-    if not args.test and network.declared:
-        options["given"] = given = {}
+    # again: only now is it known that a download failed, or that a size is the network's own
+    converted = find_converted(network.request, None if only_evaluates else options)
+    if converted:
+        if args.evaluate:
+            check_evaluation(network, data, converted.outputs, args)
+        return network, converted
+    if only_evaluates and network.declared:
+        given = {}  # the options are the evaluation's, not the entry's
+        options["given"] = given
     own = network.preprocessing
     preprocessing = replace(own, **given)
     if not as_network_wants:
         preprocessing = Preprocessing(**given, width=own.width, height=own.height)
-    # again, because only now is known that a download failed, or that a size is the network's own
-    converted = find_converted(network.request, options if args.test else None)
-    if converted is None:
-        references = get_references(network.model, get_blob(picture, preprocessing))
-    outputs = converted.outputs if converted else references[0].logits.shape[1]
-    if args.evaluate:
+    references = get_references(network.model, get_blob(picture, preprocessing))
+    outputs = references[0].logits.shape[1]
+    if args.evaluate:  # before the export, which takes longer
         check_evaluation(network, data, outputs, args)
-    if converted is None:
-        labels = fit_labels(names, args.classes, outputs)
-        print_assumptions(network, given, labels and not args.classes)
-        converted = convert(network, references, args.allow_branches)
-        write_entry(converted, preprocessing, module_config.classes if labels else None, options)
+    labels = fit_labels(names, args.classes, outputs)
+    print_assumptions(network, given, labels and not args.classes)
+    converted = convert(network, references, args.allow_branches)
+    write_entry(converted, preprocessing, module_config.classes if labels else None, options)
     return network, converted
 
 

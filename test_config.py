@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from classification import finite, non_zero, parse_bool, positive_int
+from classification import boolean, finite, non_zero, positive_int
 
 # Output folders, in the current folder.
 MODELS_DIR = "models"
@@ -18,7 +18,7 @@ IMAGENET_VAL_DIR = "./ILSVRC2012_img_val"
 
 def option(default, text, parse=str, **how):
     """A dataclass field, with what argparse needs to know of it as its metadata."""
-    metavar = {positive_int: "N", parse_bool: "BOOL"}.get(parse, "V")
+    metavar = {positive_int: "N", boolean: "BOOL"}.get(parse, "V")
     metadata = {"type": parse, "metavar": metavar, **how, "help": text}
     return field(default=default, metadata=metadata)
 
@@ -35,7 +35,7 @@ class TestClsConfig:
     )
     img_root_dir: str = option(IMAGENET_VAL_DIR, "folder of the labelled pictures")
     img_cls_file: str = option("./val.txt", "their labels: lines of 'name class-ID'")
-    bgr_to_rgb: bool = option(True, "the network takes RGB, OpenCV reads BGR", parse_bool)
+    bgr_to_rgb: bool = option(True, "the network takes RGB, OpenCV reads BGR", boolean)
 
 
 @dataclass
@@ -58,8 +58,8 @@ class TestClsModuleConfig:
         (0.0, 0.0, 0.0), "blobFromImage's mean, subtracted before scaling", finite, nargs=3
     )
     std: tuple = option((), "divide the channels of the blob by these", non_zero, nargs=3)
-    crop: bool = option(False, "blobFromImage's crop", parse_bool)
-    rgb: bool = option(True, "blobFromImage's swapRB", parse_bool)
+    crop: bool = option(False, "blobFromImage's crop", boolean)
+    rgb: bool = option(True, "blobFromImage's swapRB", boolean)
     rsz_height: int = option(None, "resize the picture to this height first, px", positive_int)
     rsz_width: int = option(None, "resize the picture to this width first, px", positive_int)
     classes: str = option(

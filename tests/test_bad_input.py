@@ -96,7 +96,7 @@ def bad(model, tmp_path_factory):
         ("MODEL KOALA --scale inf", "--scale: invalid non_zero value: 'inf'"),
         ("MODEL KOALA --width 0", "--width"),
         ("MODEL KOALA --initial_width 256", "go together"),
-        ("MODEL KOALA --crop maybe", "'maybe'"),
+        ("MODEL KOALA --crop maybe", "--crop: invalid boolean value: 'maybe'"),
         ("MODEL KOALA --top_k 0", "--top_k"),
         ("MODEL KOALA --engine fast", "--engine"),
         ("MODEL KOALA --engine ort", "--engine: invalid choice: 'ort'"),
@@ -183,7 +183,7 @@ def test_files_where_the_folders_should_be(run, model, folder, weights):
         ("--img_cls_file nope.txt", "ILSVRC2012_img_val"),
         ("--crop True", "--crop and --rgb have no effect on an evaluation"),
         ("--rgb False", "--crop and --rgb have no effect on an evaluation"),
-        ("--weights_key model_ema", "--weights_key has no effect without --weights FILE"),
+        ("--weights_key model_ema", "--weights_key needs --weights FILE; '' isn't a file"),
     ],
 )
 def test_request(run, folder, monkeypatch, options, words):

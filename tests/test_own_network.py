@@ -324,7 +324,7 @@ CONFIG = {"input_size": (3, 48, 56), "mean": (0.5, 0.25, 0.75), "std": (0.5, 0.2
 CONFIG |= {"crop_pct": 0.875, "interpolation": "bicubic"}
 OLDER = {key: CONFIG[key] for key in ("mean", "std")} | {"input_size": (3, 64, 64)}
 SIZED = "types.SimpleNamespace(img_size=(160, 80))"
-FOLDER = "_name_or_path='checkpoint'"
+FOLDER, CROPPED, BARE = (f"_name_or_path='{name}'" for name in ("checkpoint", "cropped", "bare"))
 
 
 def sizes(preprocessing):
@@ -345,16 +345,23 @@ def sizes(preprocessing):
         ("config = types.SimpleNamespace(image_size=(96, 48))", (48, 96, 54, 109), IMAGENET),
         (f"config = types.SimpleNamespace(image_size=48, {FOLDER})", (48, 48, 48, 48), TIMM),
         (f"config = types.SimpleNamespace({FOLDER})", (48, 48, 48, 48), TIMM),
+        (f"config = types.SimpleNamespace({CROPPED})", (48, 48, 64, 64), TIMM),
+        # a file without mean and std, and one that isn't the network's
+        (f"config = types.SimpleNamespace({BARE})", (48, 48, 54, 54), IMAGENET),
+        ("config = types.SimpleNamespace()", (224, 224, 256, 256), IMAGENET),
     ],
 )  # fmt: skip
 def test_preprocessing_that_a_network_carries(
     own, tmp_path, capsys, attribute, expected, reference
 ):
     """Mean and std for pixels from 0 to 1, sizes, and the part that is kept."""
-    (tmp_path / "checkpoint").mkdir()
-    about = {"image_mean": [0.5, 0.25, 0.75], "image_std": [0.5, 0.2, 0.1]}
-    about["size"] = {"height": 48, "width": 48}
-    (tmp_path / "checkpoint" / "preprocessor_config.json").write_text(json.dumps(about))
+    values = {"image_mean": [0.5, 0.25, 0.75], "image_std": [0.5, 0.2, 0.1]}
+    size = {"size": {"height": 48, "width": 48}}
+    crop = {"size": {"shortest_edge": 64}, "crop_size": size["size"]}
+    for folder, about in (("checkpoint", size | values), ("cropped", crop | values), ("bare", size),
+                          (".", size | values)):  # fmt: skip
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "preprocessor_config.json").write_text(json.dumps(about))
     network = own("logits", f"Net.{attribute}", width=None, height=None)
     assert network.preprocessing == replace(reference, **dict(zip(SIZES, expected, strict=True)))
     assert network.declared == (reference is TIMM)

@@ -224,6 +224,10 @@ def test_damaged_entry(converted_before, weights, monkeypatch, key, values):
         changed, count = re.subn(f"(?m)^  {key}: .*\n", line, text)
         zoo.write_text(changed)
         assert count == 1 and find_converted(request) is None, value
+    zoo.write_text(text)
+    assert find_converted(request) is not None
+    next(zoo.parent.glob("*.txt")).unlink()  # its class names
+    assert find_converted(request) is None
 
 
 @pytest.mark.parametrize(
@@ -256,7 +260,7 @@ def test_any_change_converts_again(converted_before, weights, monkeypatch, tmp_p
 
 
 def test_what_an_entry_depends_on(run, folder, converted_before, weights):
-    """Test mode writes it with the options that it uses; an evaluation leaves it alone."""
+    """A test or a conversion writes it with its options; an evaluation leaves it alone."""
     options = ["--model_name", "squeezenet1_1", "--weights", weights]
     zoo = converted_before.with_name("models.yml")
     before = zoo.read_text()
@@ -276,6 +280,13 @@ def test_what_an_entry_depends_on(run, folder, converted_before, weights):
     again = run("py_to_py_cls.py", *options, *trial, "--test", "True")
     assert "exporting" not in again.stdout
     assert read_answer(again) == read_answer(result)
+    assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == 1
+
+    # so is one that is only converted: it gets what is asked for, also if there is a file
+    result = run("py_to_py_cls.py", *options, "--evaluate", "False")
+    assert "exporting" in result.stdout
+    assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == pytest.approx(1 / 255)
+    get_output(run("py_to_py_cls.py", *options, *trial, "--evaluate", "False"))
     assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == 1
 
     # another size is another file
@@ -376,6 +387,8 @@ def test_a_file_called_random_is_not_taken_for_random_weights(tmp_path):
     assert get_onnx_path(Request("squeezenet1_1", "RANDOM")).stem == "squeezenet1_1-random"
     small = Request("squeezenet1_1", "RANDOM", width=96, height=64)
     assert get_onnx_path(small).stem == "squeezenet1_1-96-64-random"
+    one_side = [Request("a", width=w, height=h) for w, h in ((96, 96), (96, None), (None, 96))]
+    assert [get_onnx_path(request).stem for request in one_side] == ["a-96", "a-96-own", "a-own-96"]
 
 
 # --- the project's own facts ----------------------------------------------------------------------

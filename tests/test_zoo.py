@@ -143,7 +143,9 @@ def test_entry_of_opencvs_samples(run, zoo):
         (["ort"], ["models.yml: ort: error: argument --engine: invalid choice: 'ort'"]),
         (["vgg16"], ["no entry 'vgg16'", "vgg16-random"]),
         (["net", "--zoo", "broken.yml"], ["broken.yml", "YAML"]),
-        (["net", "--zoo", "absent.yml"], ["absent.yml"]),
+        (["net", "--zoo", "absent.yml"], ["absent.yml: missing"]),
+        (["--input", "zoo/net.onnx", "--zoo", "absent.yml"], ["absent.yml: missing"]),
+        (["--input", "elsewhere.onnx"], ["no entry 'elsewhere.onnx'", "only net, half, "]),
     ],
 )
 def test_entries_that_cannot_be_used(run, folder, zoo, arguments, words):
