@@ -72,7 +72,7 @@ def run(main):
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         code = main()
-        sys.stdout.flush()
+        print(end="", flush=True)  # unlike sys.stdout.flush, also if stdout is closed
     except BrokenPipeError:  # the reader, head for instance, has seen enough: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141  # 128 + SIGPIPE, what a shell reports for cat
@@ -129,7 +129,7 @@ def boolean(text):
 
 def finite(text):
     """A number that float32 can hold: not nan or inf, which would make every answer nan."""
-    if not abs(float(text)) <= np.finfo(np.float32).max:
+    if not abs(float(text)) <= float(np.finfo(np.float32).max):
         raise ValueError
     return float(text)
 
@@ -156,7 +156,7 @@ def get_parser():
     text = "the model (.onnx), pictures, folders, videos, a camera's number [a bundled picture]"
     add("--input", nargs="+", default=[], metavar="FILE", help=text)
     add("--model", default="", metavar="FILE", help="the model, if it isn't among --input")
-    add("--config", default="", metavar="FILE", help="the .prototxt of a Caffe model, in OpenCV 4")
+    add("--config", type=check_name, metavar="FILE", help="a Caffe model's .prototxt, in OpenCV 4")
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
     add("--top_k", type=positive_int, default=1, metavar="K", help="answers per picture [1]")
     add("--output", metavar="PATH", help="file or folder of results [results, but no shown video]")
@@ -193,8 +193,8 @@ def get_args():
             raise RequestError(f"{where}--initial_width and --initial_height go together")
     if not (entry or args.scale or args.mean or args.std):
         parser.set_defaults(**TORCHVISION)
-    options = []
-    for key, value in entry.items():
+    options = [""]  # NAME's place, which the fourth number of a mean would take
+    for key, value in sorted(entry.items()):  # labels win over classes
         if key in ("mean", "std") and isinstance(value, list):
             # argparse would take -1e-05 for an option, but nothing that begins with a space
             options += [f"--{key}", *(f" {v}" for v in value)] if value else []
@@ -206,7 +206,7 @@ def get_args():
     args = parser.parse_args(namespace=parser.parse_args(options))  # the command line wins
     args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
     args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
-    args.model = models[0] if models else args.model
+    args.model = models[0] if models else args.model or f"the model of {name}"
     args.labels = read_lines(find_file(args.classes, entry)) if args.classes else []
     return args
 
@@ -219,12 +219,12 @@ def find_entry(alias, zoo, model=None):
     beside = Path(__file__).resolve().parent
     folders = [Path("models"), Path(), beside / "models", beside] if alias else [Path(model).parent]
     paths = [Path(zoo)] if zoo else [folder / ZOO_NAME for folder in folders]
-    wanted, names = alias or Path(model).name, []
+    wanted, names = alias or Path(model).name, {}
     for path in paths if zoo else filter(Path.is_file, paths):
         for name, entry in read_zoo(path).items():
-            if wanted in (name, entry.get("model")):
+            if wanted == (name if alias else entry.get("model")):
                 return path, name, entry
-            names.append(name)
+            names[name] = path
     if not (alias or zoo):
         return Path(), "", {}
     known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
@@ -343,7 +343,7 @@ def read_net(args):
     on_cpu = (args.backend, args.target) == ("default", "cpu")
     engine = [ENGINES[args.engine if on_cpu else "classic"]] if ENGINES else []
     try:
-        net = cv2.dnn.readNet(check_name(args.model), args.config, "", *engine)
+        net = cv2.dnn.readNet(check_name(args.model), args.config or "", "", *engine)
     except cv2.error as error:
         problem = f"no such file, truncated, or not ONNX: {one_line(error)}"
         raise RequestError(f"{args.model}: {problem}") from None
@@ -388,7 +388,7 @@ def forward(net, blob):
     # squeezenet of OpenCV 4.10's models.yml has the shape (1, 1000, 1, 1)
     if outputs != 1 or out is None or out.shape[:2] != (1, out.size) or out.dtype != np.float32:
         raise RequestError("not a classifier: the output isn't one float32 array (1, classes)")
-    if not np.isfinite(out).all():
+    if not (np.isfinite(blob).all() and np.isfinite(out).all()):
         raise RequestError("the answer is nan or inf: check --scale, --mean, --std, or the file")
     return out.ravel(), ms
 
@@ -447,7 +447,7 @@ def get_output_paths(sources, args, window):
     for number, (name, kind) in enumerate(sources, 1):
         path, suffixes = Path(output), SAVED_PICTURES if kind == "picture" else tuple(SAVED_VIDEOS)
         if is_folder:
-            suffix = Path(name).suffix if name.lower().endswith(suffixes) else suffixes[0]
+            suffix = Path(name).suffix if Path(name).suffix.lower() in suffixes else suffixes[0]
             path /= f"{Path(name).stem}_{Path(args.model).stem}{suffix}"
         if path.suffix.lower() not in suffixes:
             raise RequestError(f"--output {path}: a {kind} needs {' or '.join(suffixes)}")

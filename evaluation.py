@@ -419,10 +419,12 @@ def gather(value):
 def first_process_first():
     """On each machine one process runs the block first: the others find what it has converted."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    for turn in (True, False):
-        if turn == is_first:
-            yield
+    if not is_first:
+        gather(None)  # until the first has converted
+    yield
+    if is_first:
         gather(None)
+    gather(None)  # until all have found it
 
 
 def evaluate(network, converted, data, config, args):

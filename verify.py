@@ -97,9 +97,9 @@ def get_references(model, sample_blob):
     }
     references = [Reference(name, blob, run_pytorch(model, blob)) for name, blob in blobs.items()]
     with np.errstate(invalid="ignore"):  # inf - inf
-        _, raw, logits = references[-1]
-        nudged = compare(logits, run_pytorch(model, raw * np.float32(1 + 1e-6)))
-        if not nudged.relative <= 0.1 * MAX_RELATIVE_ERROR:
+        last = references[-1]
+        nudged = run_pytorch(model, last.blob * np.float32(1 + 1e-6))
+        if not compare(last.logits, nudged).relative <= 0.1 * MAX_RELATIVE_ERROR:
             references.pop()
         logits = np.concatenate([reference.logits for reference in references])
         spread = np.ptp(logits, axis=0).max()

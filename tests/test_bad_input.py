@@ -75,6 +75,8 @@ def bad(model, tmp_path_factory):
         ("KOALA", "0 models"),
         ("MODEL b.onnx KOALA", "2 models"),
         ("MODEL KOALA --classes nope.txt", "nope.txt"),
+        ("MODEL KOALA --config \udcff", "rename it"),
+        ("MODEL KOALA --scale 1e38 --width 32 --height 32 --engine classic", "nan or inf"),
         ("MODEL KOALA --classes BAD/three.txt", "three.txt: 3 lines ... 1000 outputs"),
         ("MODEL KOALA --classes /dev/null", "/dev/null: 0 lines ... 1000 outputs"),
         ("MODEL KOALA --classes KOALA", "not a text file"),

@@ -93,11 +93,14 @@ def zoo(folder, model):
         'face:\n  model: "face.onnx"\n  sample: "object_detection"\n'
         'half:\n  model: "net.onnx"\n  initial_width: 256\n  sample: "classification"\n'
         'odd:\n  model: "net.onnx"\n  mean: [1, "x", 3]\n  sample: "classification"\n'
+        'first:\n  model: "second"\n  sample: "classification"\n'
+        'second:\n  sample: "classification"\n'
     )
     for name, line in (
         ("two", 'width: "a"'),
         ("three", "height: [8, 7]"),
         ("four", "std: [1, 2]"),
+        ("five", "mean: [1, 2, 3, 4]"),
         ("inf", "scale: .inf"),
         ("ort", 'engine: "ort"'),
         ("vgg16-random", "scale: 1.0"),
@@ -139,6 +142,8 @@ def test_entry_of_opencvs_samples(run, zoo):
         (["two"], ["models.yml: two: error: argument --width", "'a'"]),
         (["three"], ["three: error: argument --height: invalid positive_int value: '[8, 7]'"]),
         (["four"], ["models.yml: four: error: argument --std: expected 3 arguments"]),
+        (["five"], ["models.yml: five: error: unrecognized arguments:  4"]),
+        (["second"], ["the model of second: no such file"]),
         (["inf"], ["models.yml: inf: error: argument --scale: invalid non_zero value: 'inf'"]),
         (["ort"], ["models.yml: ort: error: argument --engine: invalid choice: 'ort'"]),
         (["vgg16"], ["no entry 'vgg16'", "vgg16-random"]),
@@ -214,8 +219,9 @@ def test_options_win_over_the_entry_of_a_file_one_by_one(run, zoo):
 
 
 def test_labels_is_another_word_for_classes(run, folder, zoo):
+    """It wins over classes, as in OpenCV 5's samples."""
     text = zoo.read_text()
-    zoo.write_text(text.replace("classes:", "labels:"))
+    zoo.write_text(text.replace("classes:", 'labels: "names.txt"\n  classes: "no.txt" #'))
     assert "label: name " in run("classification.py", "net", "--zoo", zoo, "--input", KOALA).stdout
     (folder / "mine.txt").write_text("mine\n" * 1000)
     options = ["net", "--zoo", zoo, "--input", KOALA, "--labels", "mine.txt"]
