@@ -328,7 +328,7 @@ def draw_times(table, figures, title, path):
         axes.plot(firsts["batch"], firsts[f"{name}_ms"], color=color, marker=".", label=label)
         axes.axhline(median, color=color, linestyle="--", linewidth=1)
     axes.set_ylim(bottom=0, top=1.15 * axes.get_ylim()[1])
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     with whole_file(path) as part:
