@@ -93,7 +93,8 @@ def test_opencv_version(convert, answers, install, execute, package):
     found = execute(python, "-c", "import cv2; print(cv2.__version__)").stdout.strip()
     assert package.partition("==")[2].rstrip("*") in found
     script = ROOT / "classification.py"
-    assert ("--engine" in execute(python, script, "--help").stdout) == found.startswith("5")
+    engines = re.search(r"--engine \{(.*)\}", execute(python, script, "--help").stdout)[1]
+    assert engines == ("new,classic,auto" if found.startswith("5") else "auto")
     for name, logits in answers.items():
         path, _ = convert(name)
         zoo = path.with_name("models.yml")
