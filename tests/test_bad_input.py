@@ -48,7 +48,9 @@ def bad(model, tmp_path_factory):
     cv2.imwrite(str(bad / "float.tiff"), np.full((9, 9, 3), 0.5, np.float32))
     cv2.imwrite(str(bad / "wide.png"), np.zeros((1, 70000, 3), np.uint8))  # JPEG ends at 65535
     fixed = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)).eval()
-    for name, network in (("fixed", fixed), ("two", Two())):
+    # the answer of the third is finite even if a picture is infinite
+    clipped = nn.Sequential(nn.ReLU6(), nn.AvgPool2d(8), nn.Flatten())
+    for name, network in (("fixed", fixed), ("two", Two()), ("clipped", clipped)):
         torch.onnx.export(network, torch.zeros(1, 3, 8, 8), str(bad / f"{name}.onnx"), dynamo=False)
     return bad
 
@@ -76,7 +78,7 @@ def bad(model, tmp_path_factory):
         ("MODEL b.onnx KOALA", "2 models"),
         ("MODEL KOALA --classes nope.txt", "nope.txt"),
         ("MODEL KOALA --config \udcff", "rename it"),
-        ("MODEL KOALA --scale 1e38 --width 32 --height 32 --engine classic", "nan or inf"),
+        ("BAD/clipped.onnx KOALA --scale 1e38 --width 8 --height 8", "nan or inf"),
         ("MODEL KOALA --classes BAD/three.txt", "three.txt: 3 lines ... 1000 outputs"),
         ("MODEL KOALA --classes /dev/null", "/dev/null: 0 lines ... 1000 outputs"),
         ("MODEL KOALA --classes KOALA", "not a text file"),
@@ -151,6 +153,7 @@ def test_every_format_has_a_result(run, model, folder, suffix):
         get_output(run("classification.py", "--input", model, f"{number}.{suffix}"))
     results = [cv2.imread(str(result)) for result in (folder / "results").iterdir()]
     assert len(results) == 4 and not any(result is None for result in results)
+    assert {result.suffix for result in (folder / "results").iterdir()} == {".png"}
 
 
 def test_files_where_the_folders_should_be(run, model, folder, weights):

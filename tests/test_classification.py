@@ -283,6 +283,10 @@ def test_results_never_overwrite_each_other(classify, folder):
     found = {str(p.relative_to(folder)) for p in (folder / "results").iterdir()}
     assert found == {*saved, "results/cat_small.png"}
     assert (folder / "results" / "cat_small.png").read_bytes() == before
+    saved = re.findall(
+        r"\* saved: (.*)", classify("a/cat.png", "b/Cat.png", "--output", "c").stdout
+    )
+    assert saved == ["c/cat_small.png", "c/Cat_small_2.png"]
 
 
 def write_video(path, count):

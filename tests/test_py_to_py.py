@@ -28,7 +28,7 @@ from torchvision import models
 import classification
 import conversion
 import py_to_py_resnet50
-from classification import read_zoo
+from classification import RequestError, read_zoo
 from common import NetworksDisagree, Preprocessing, read_tutorial
 from conversion import convert, find_converted, get_onnx_path
 from networks import IMAGENET, Network, Request
@@ -299,6 +299,8 @@ def test_what_an_entry_depends_on(run, folder, converted_before, weights):
     result = run("py_to_py_cls.py", *options, *trial, *data)
     assert "exporting" in result.stdout and "top-1 accuracy" in result.stdout
     assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == pytest.approx(1 / 255)
+    result = run("py_to_py_cls.py", *options, *trial, "--test", "True")
+    assert "preprocessing: scale 1.0, mean [0.0, 0.0, 0.0], std [1.0, 1.0, 1.0]" in result.stdout
 
 
 def test_preprocessing_of_test_mode(run, converted_before, weights, squeezenet):
@@ -344,8 +346,8 @@ def test_named_data_is_not_evaluated_with_random_weights(run, folder):
 
 
 def test_a_file_that_disagrees_never_gets_its_name(tmp_path, small, monkeypatch, capsys):
-    """Neither exporter's, with each engine's error. If the second one's is right, it replaces the
-    older file, and that one's weights go."""
+    """Neither exporter's, with each engine's error; a wrong answer counts more than no file. If the
+    second one's is right, it replaces the older file, and that one's weights go."""
     path = tmp_path / "models" / "small.onnx"
     path.parent.mkdir()
     older = {path: "an older file of that name", path.with_name("small.onnx.data"): "its weights"}
@@ -354,10 +356,12 @@ def test_a_file_that_disagrees_never_gets_its_name(tmp_path, small, monkeypatch,
     blob = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
     network = Network(Request("small"), "small.pth", small, IMAGENET)
     references = get_references(small, blob)
-    right, wrong_ones = conversion.export, {False, True}
+    right, wrong_ones, failing = conversion.export, {False, True}, set()
 
     def export(model, part, shape, dynamo):
         changed = copy.deepcopy(model)
+        if dynamo in failing:
+            raise RequestError("no file")
         if dynamo in wrong_ones:
             with torch.no_grad():
                 changed[-1].weight *= 1.001
@@ -372,6 +376,9 @@ def test_a_file_that_disagrees_never_gets_its_name(tmp_path, small, monkeypatch,
     found = re.findall(wrong, capsys.readouterr().out, re.M)
     assert sorted(found) == ["classic", "classic", "new", "new"]
 
+    failing.add(False)
+    with pytest.raises(NetworksDisagree, match="relative error 1.0e-03"):
+        convert(network, references)
     wrong_ones.remove(True)
     converted = convert(network, references)
     assert list(path.parent.iterdir()) == [path]
