@@ -506,7 +506,7 @@ def classify(source, output, net, args):
             print(f"{title}:", *texts, *warning, duration, sep="\n* ", flush=True)
         picture = picture if rate else fit(picture, (640, 480), max)  # room for the text
         annotate(picture, [*warning, *lines, duration.capitalize()])
-        if output:
+        if output and last is None:
             output.parent.mkdir(parents=True, exist_ok=True)
         if output and rate:  # the writer completes the file when it is deleted, also after Ctrl-C
             fourcc = cv2.VideoWriter_fourcc(*SAVED_VIDEOS[output.suffix.lower()])

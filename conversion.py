@@ -46,9 +46,9 @@ class NotConvertible(RequestError):
 
 def get_onnx_path(request):
     """Where a converted network is kept: all that you ask for is part of its name."""
-    sizes = [request.width or "own", request.height or "own"]
-    sizes = [] if sizes == ["own", "own"] else dict.fromkeys(map(str, sizes))
-    stem = "-".join([get_alias(request.name), *sizes])
+    sizes = request.width, request.height
+    sides = dict.fromkeys(str(size or "own") for size in sizes) if any(sizes) else []
+    stem = "-".join([get_alias(request.name), *sides])
     if request.is_random:
         stem += RANDOM_SUFFIX
     elif request.weights:
@@ -92,8 +92,9 @@ def find_converted(request, options=None):
         other_options = options is not None and made_from["entry"] != get_hash(options)
     except (KeyError, TypeError):  # there is none, or it lacks a key
         return None
-    hashes = get_load_info(path), get_made_from(request)
-    if damaged or other_options or hashes != (converted.load_info, converted.made_from):
+    if damaged or other_options or converted.made_from != get_made_from(request):
+        return None
+    if converted.load_info != get_load_info(path):  # last: it reads the whole file
         return None
     print(f"{path}: converted and verified before, from these weights and versions")
     return converted
