@@ -8,11 +8,17 @@ It needs nothing but cv2 and NumPy, so you can copy it anywhere by itself:
 
 models.yml says what each network needs; its entry is found by NAME or by the
 model file. Without an entry, pictures are prepared as torchvision's ImageNet
-networks expect them; or, if you give --scale, --mean or --std, with the
-defaults of OpenCV's samples for everything you leave out.
+networks expect them: --resize 256, the centre 224x224. If you give --scale,
+--mean or --std, everything you leave out has the defaults of OpenCV's samples.
+
+--resize makes the pixels of PyTorch's pipelines: bilinear, bicubic, lanczos and
+nearest are those of Pillow 13. OpenCV decodes what Pillow does, except 16-bit
+grey pictures, RGBA TIFF and CMYK JPEG; this program turns pictures as their
+EXIF says, Pillow doesn't by itself. --crop and --initial_* are OpenCV's.
 """
 
 import argparse
+import functools
 import hashlib
 import os
 import re
@@ -38,8 +44,23 @@ ZOO_SAMPLE = "classification"  # the `sample` of the entries that are for this p
 TORCHVISION = {
     "scale": 1 / 255, "mean": [123.675, 116.28, 103.53], "std": [0.229, 0.224, 0.225],
     "rgb": True, "crop": True, "width": 224, "height": 224,
-    "initial_width": 256, "initial_height": 256,
+    "initial_width": None, "initial_height": None,
+    "resize": [256], "interpolation": "bilinear", "center": "round",
 }  # fmt: skip
+BLOBS = ("crop", "initial_width", "initial_height")  # OpenCV's options for the blob's size
+PILLOWS = ("resize", "interpolation", "center")  # PyTorch's
+
+# Pillow's filters: how far they reach, px, and the weight of a pixel at a distance, px.
+# https://github.com/python-pillow/Pillow/blob/main/src/libImaging/Resample.c
+FILTERS = {
+    "bilinear": (1, lambda x: 1 - x),
+    "bicubic": (2, lambda x: np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((5 - x) * x - 8) * x / 2 + 2)),  # noqa: E501
+    "lanczos": (3, lambda x: np.sinc(x) * np.sinc(x / 3)),
+}  # fmt: skip
+# albumentations', and those of torch's tensors without antialias
+CV2S = {"cv2-linear": cv2.INTER_LINEAR, "cv2-cubic": cv2.INTER_CUBIC, "cv2-area": cv2.INTER_AREA}
+INTERPOLATIONS = (*FILTERS, "nearest", "nearest-exact", *CV2S)  # Pillow's nearest; torch's
+CENTERS = ("round", "floor", "first")
 
 RANDOM, RANDOM_SUFFIX = "random", "-random"  # an entry's `weights`; the end of a file's name
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
@@ -160,6 +181,14 @@ def get_parser():
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
     add("--top_k", type=positive_int, default=1, metavar="K", help="answers per picture [1]")
     add("--output", metavar="PATH", help="file or folder of results [results, but no shown video]")
+    add = parser.add_argument_group("size, as PyTorch's pipelines make it").add_argument
+    size = {"type": positive_int, "metavar": "PX"}
+    add("--resize", **size, nargs="+", help="the shorter side, or width and height [no resize]")
+    choices = {"choices": INTERPOLATIONS, "default": "bilinear"}
+    add("--interpolation", **choices, help="Pillow's, torch's nearest-exact, or cv2's [bilinear]")
+    text = "then cut out the centre: rounded as by torchvision, or floor, as by transformers; "
+    text += "first: cut in the blob's proportions, then resize [round]"
+    add("--center", choices=CENTERS, default="round", help=text)
     add = parser.add_argument_group("preprocessing, of blobFromImage").add_argument
     add("--scale", type=non_zero, metavar="V", help="multiply by this, after the mean [1.0]")
     add("--mean", type=finite, nargs=3, metavar="V", help="subtract; R G B if --rgb [0 0 0]")
@@ -167,7 +196,6 @@ def get_parser():
     switch = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
     add("--rgb", **switch, help="swapRB: the network takes RGB, OpenCV reads BGR [False]")
     add("--crop", **switch, help="scale the shorter side to the blob, cut off the rest [False]")
-    size = {"type": positive_int, "metavar": "PX"}
     add("--width", **size, default=224, help="width of the blob [224]")
     add("--height", **size, default=224, help="height of the blob [224]")
     add("--initial_width", **size, help="resize the picture to this width first [no resize]")
@@ -182,20 +210,27 @@ def get_parser():
 def get_args():
     """The options of the command line, else of the network's entry in models.yml, args.entry."""
     parser = get_parser()
-    args = parser.parse_args()
+    # None for what isn't on the command line
+    args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(TORCHVISION)))
     models = [item for item in args.input if item.lower().endswith(".onnx")]
     models += [args.model] if args.model else []
     if len(models) > 1 or not (models or args.alias):
         raise RequestError(f"{len(models)} models: name one .onnx file, --input MODEL.onnx PICTURE")
     zoo, name, entry = find_entry(args.alias, args.zoo, *models)
-    for given, where in ((vars(args), ""), (entry, f"{zoo}: {name}: ")):
-        if (given.get("initial_width") is None) != (given.get("initial_height") is None):
+    given = {key for key in TORCHVISION if getattr(args, key) is not None}
+    if args.resize and given & {*BLOBS}:
+        raise RequestError("--resize is another way than --crop and --initial_*: leave one out")
+    for values, where in ((vars(args), ""), (entry, f"{zoo}: {name}: ")):
+        if (values.get("initial_width") is None) != (values.get("initial_height") is None):
             raise RequestError(f"{where}--initial_width and --initial_height go together")
-    if not (entry or args.scale or args.mean or args.std):
-        parser.set_defaults(**TORCHVISION)
+    assumed = {} if entry or given & {"scale", "mean", "std"} else TORCHVISION
+    unwanted = PILLOWS if given & {*BLOBS} else ()
+    parser.set_defaults(**{k: v for k, v in assumed.items() if k not in unwanted})
     options = [""]  # NAME's place, which the fourth number of a mean would take
     for key, value in sorted(entry.items()):  # labels win over classes
-        if key in ("mean", "std") and isinstance(value, list):
+        if key in unwanted:
+            continue
+        if key in ("mean", "std", "resize") and isinstance(value, list):
             # argparse would take -1e-05 for an option, but nothing that begins with a space
             options += [f"--{key}", *(f" {v}" for v in value)] if value else []
         elif key in TORCHVISION or (key == "engine" and ENGINES):
@@ -203,12 +238,50 @@ def get_args():
         elif key in ("model", "config", "classes", "labels") and value:
             options.append(f"--{key}={find_file(value, entry, zoo.parent)}")
     parser.prog = f"{zoo}: {name}"  # only its options can still be wrong
-    args = parser.parse_args(namespace=parser.parse_args(options))  # the command line wins
+    args = parser.parse_args(options)
+    before = args.width, args.height
+    args = parser.parse_args(namespace=args)  # the command line wins
+    if args.resize and "resize" not in given:
+        args.resize = scale_resize(args.resize, before, (args.width, args.height))
     args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
+    check_preprocessing(args, given)
     args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
     args.model = models[0] if models else args.model or f"the model of {name}"
     args.labels = read_lines(find_file(args.classes, entry)) if args.classes else []
     return args
+
+
+def describe(p):
+    """The preprocessing in one line, without what has no effect."""
+    unused = BLOBS if p.resize else PILLOWS
+    values = {key: getattr(p, key) for key in TORCHVISION if key not in unused}
+    texts = (v if isinstance(v, str) else " ".join(map(str, np.ravel(v))) for v in values.values())
+    return ", ".join(map(" ".join, zip(values, texts, strict=True)))
+
+
+def scale_resize(resize, before, after):
+    """--resize for a blob of another size; before, after: (width, height), px."""
+    if len(resize) == 2:
+        return [side * new // old for side, old, new in zip(resize, before, after, strict=True)]
+    new, old = max(zip(after, before, strict=True), key=lambda sides: sides[0] / sides[1])
+    return [resize[0] * new // old]
+
+
+def check_preprocessing(p, given=()):
+    """RequestError for options that would be wrong without a word; given: on the command line."""
+    if p.resize and len(p.resize) > 2:
+        raise RequestError("--resize takes the shorter side, or a width and a height")
+    if p.center == "first" and [*(p.resize or ())] != [p.width, p.height]:
+        raise RequestError(f"--center first needs --resize {p.width} {p.height}, the blob's size")
+    if not p.resize and {*given} & {*PILLOWS}:
+        raise RequestError("--interpolation and --center are options of --resize: give it, too")
+    if 0 < max(map(abs, p.mean)) <= 1 and abs(p.scale) < 0.1:
+        times_255 = " ".join(f"{255 * value:g}" for value in p.mean)
+        problem = f"a mean of {' '.join(map(str, p.mean))} is of pixels from 0 to 1, but it is"
+        problem += f" subtracted from 0 to 255, before the scale: give --mean {times_255}"
+        if "mean" in given:
+            raise RequestError(problem)
+        print(f"NOTE: {problem}", file=sys.stderr)
 
 
 def find_entry(alias, zoo, model=None):
@@ -359,19 +432,99 @@ def get_load_info(model):
 
 
 def get_blob(picture, p):
-    """float32 blob of shape (1, 3, height, width) from a BGR picture (height, width, 3).
+    """float32 blob of shape (1, 3, height, width) from a uint8 BGR picture (height, width, 3).
 
     (picture - mean) * scale / std, with p.mean, p.scale and so on: p has the attributes of the
-    options; p.std may be empty. blobFromImage's crop scales the shorter side of the picture to the
-    blob first, so nothing is cut off a square picture.
+    options; p.std and p.resize may be empty. Without p.resize, blobFromImage's crop scales the
+    shorter side of the picture to the blob, so nothing is cut off a square picture.
     """
-    # float before the resize: rounding to uint8 after it would shift the logits by about 0.01
-    picture = picture.astype(np.float32)
-    if p.initial_width:
-        picture = cv2.resize(picture, (p.initial_width, p.initial_height))
+    if p.resize:
+        picture = get_centre(picture, p).astype(np.float32)
+    else:
+        # float before the resize: rounding to uint8 after it would shift the logits by about 0.01
+        picture = picture.astype(np.float32)
+        if p.initial_width:
+            picture = cv2.resize(picture, (p.initial_width, p.initial_height))
     # the mean is in RGB order if swapRB is set: OpenCV swaps it as well
     blob = cv2.dnn.blobFromImage(picture, p.scale, (p.width, p.height), p.mean, p.rgb, p.crop)
     return blob / np.float32(p.std).reshape(1, 3, 1, 1) if p.std else blob
+
+
+def get_centre(picture, p):
+    """uint8 (p.height, p.width, 3): the picture resized to p.resize, then its centre cut out.
+
+    The pixels are Pillow 13's and torchvision's (CenterCrop pads what is too small with zeros).
+    Only those rows and columns are computed that are kept.
+    """
+    height, width = picture.shape[:2]
+    if p.center == "first":
+        w, h = min(width, height * p.width // p.height), min(height, width * p.height // p.width)
+        top, left = (height - h) // 2, (width - w) // 2
+        picture, width, height = picture[top : top + h, left : left + w], w, h
+    short, *other = p.resize
+    new = p.resize if other else [short * side // min(width, height) for side in (width, height)]
+    how = p.interpolation
+    if how in CV2S:  # the whole picture; what follows only cuts
+        picture = cv2.resize(picture, new, interpolation=CV2S[how])
+        (width, height), how = new, "nearest"
+    columns, across, left = get_taps(width, new[0], p.width, how, p.center)
+    rows, down, top = get_taps(height, new[1], p.height, how, p.center)
+    # since Pillow 13; in older ones the horizontal pass always comes first
+    vertical_first = height - new[1] > max(0, 2 * (width - new[0]))
+    picture = np.ascontiguousarray(picture[rows, columns])
+    picture = resample(picture, *down) if vertical_first else picture
+    picture = cv2.transpose(resample(cv2.transpose(picture), *across))
+    picture = picture if vertical_first else resample(picture, *down)
+    centre = np.zeros((p.height, p.width, 3), np.uint8)
+    centre[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return centre
+
+
+@functools.lru_cache  # for the frames of a video
+def get_taps(old, new, wanted, interpolation, center):
+    """How `old` pixels become the middle `wanted` ones of `new`, as Pillow computes them.
+
+    (slice of the old pixels that are needed, (indices into them (taps, pixels), their int32 weights
+    (taps, pixels, 1)), where the first new pixel goes). A weight of 1 is 2**22.
+    """
+    half = (new - wanted) / 2
+    first = max(0, int(half) if center == "floor" else round(half))
+    step, place = old / new, np.arange(first, first + min(new, wanted))
+    if interpolation in FILTERS:
+        reach, weigh = FILTERS[interpolation]
+        zoom = max(step, 1.0)
+        middle = (place + 0.5) * step
+        low = np.maximum((middle - reach * zoom + 0.5).astype(int), 0)
+        high = np.minimum((middle + reach * zoom + 0.5).astype(int), old)
+        index = low + np.arange((high - low).max())[:, None]
+        distance = np.abs(index - middle + 0.5) * (1 / zoom)
+        weights = np.where((distance < reach) & (index < high), weigh(distance), 0)
+        weights /= weights.sum(axis=0)
+    else:  # Pillow adds the steps up; torch multiplies in float32
+        index = np.cumsum([step / 2] + [step] * (new - 1))[place]
+        if interpolation == "nearest-exact":
+            index = np.float32(place + 0.5) * np.float32(step)
+        index, weights = index.astype(int)[None], np.ones((1, len(place)))
+    index = np.minimum(index, old - 1)
+    needed = slice(index.min(), index.max() + 1)
+    weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights)).astype(np.int32)
+    return needed, (index - needed.start, weights[..., None]), max(0, (wanted - new) // 2)
+
+
+def resample(picture, index, weights):
+    """The picture with a row for each column of get_taps's indices and weights."""
+    rows = picture.reshape(len(picture), -1)
+    result = np.empty((index.shape[1], rows.shape[1]), np.uint8)
+    for start in range(0, len(result), 32):  # blocks that stay in the cache: 3 times as fast
+        block = slice(start, start + 32)
+        total = np.full(result[block].shape, 2**21, np.int32)  # a half, to round it
+        for i, weight in zip(index[:, block], weights[:, block], strict=True):
+            tap = rows[i].astype(np.int32)
+            tap *= weight
+            total += tap
+        total >>= 22
+        result[block] = np.clip(total, 0, 255, out=total)
+    return result.reshape(-1, *picture.shape[1:])
 
 
 def forward(net, blob):
@@ -530,7 +683,7 @@ def main():
     sources, window = list(expand_sources(args.input)), has_display()
     jobs = list(zip(sources, get_output_paths(sources, args, window), strict=True))
     net = read_net(args)
-    print("preprocessing:", ", ".join(f"{key} {getattr(args, key)}" for key in TORCHVISION))
+    print(f"preprocessing: {describe(args)}")
     if window:
         print("keys in the window: q or Esc ends the program, space pauses, any other key goes on")
     code, answered = 0, False

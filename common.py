@@ -9,7 +9,15 @@ import re
 import tempfile
 from pathlib import Path
 
-from classification import RANDOM, RANDOM_SUFFIX, ZOO_NAME, ZOO_SAMPLE, RequestError, read_zoo
+from classification import (
+    PILLOWS,
+    RANDOM,
+    RANDOM_SUFFIX,
+    ZOO_NAME,
+    ZOO_SAMPLE,
+    RequestError,
+    read_zoo,
+)
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 SEED = 0  # of random weights, and of the noise that networks are compared on
@@ -72,7 +80,8 @@ def write_entry(converted, preprocessing, classes, options):
     path, name = converted.path.with_name(ZOO_NAME), converted.path.stem
     entry = {"load_info": converted.load_info, "model": converted.path.name}
     fields = dataclasses.asdict(preprocessing)
-    entry |= {key: value for key, value in fields.items() if value not in (None, ())}
+    unused = () if preprocessing.resize else PILLOWS
+    entry |= {k: v for k, v in fields.items() if v not in (None, ()) and k not in unused}
     entry |= {"engine": converted.engines[0], "engines": converted.engines}
     entry |= {"outputs": converted.outputs, "sample": ZOO_SAMPLE}
     entry |= {"made_from": {"file": converted.made_from, "entry": get_hash(options)}}
@@ -108,6 +117,9 @@ class Preprocessing:
     height: int = 224
     initial_width: int | None = None  # that the picture is resized to first, px
     initial_height: int | None = None
+    resize: tuple = ()  # the shorter side, or width and height, px; () for none
+    interpolation: str = "bilinear"
+    center: str = "round"
 
 
 def read_tutorial(values):

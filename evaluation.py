@@ -20,7 +20,7 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,10 +31,12 @@ import numpy as np
 from tqdm import tqdm
 
 from classification import ENGINES, RANDOM, RequestError, get_blob, read_picture
-from common import NetworksDisagree, get_hash, read_tutorial, whole_file
+from common import NetworksDisagree, get_hash, whole_file
 from labelled_pictures import MAX_SKIPPED, fit_labels
-from networks import read_transforms, run_pytorch
+from networks import run_pytorch
+from preprocessing import run_transform
 from test_config import LOGS_DIR
+from transforms import read_pil
 from verify import MAX_RELATIVE_ERROR, Difference, run_opencv
 
 # The prefixes of their columns in the table, and their names.
@@ -71,7 +73,7 @@ class Row(NamedTuple):
 
 def check_evaluation(network, data, outputs, args):
     """Raise RequestError for an evaluation that is impossible, or whose figures mean nothing."""
-    p = replace(network.preprocessing, **read_tutorial(vars(args)))
+    p = get_preprocessing(network, args)
     classes = max(outputs, 2)  # a single logit tells class 0 from class 1
     if data.bundled and classes != 1000:
         problem = f"the bundled pictures are of ImageNet's 1000 classes, the network has {classes}"
@@ -84,37 +86,44 @@ def check_evaluation(network, data, outputs, args):
             problem = f"{name} has class ID {class_id}"
             raise RequestError(f"{problem}, but the network's classes are 0 to {classes - 1}")
     fit_labels(data.names, args.classes, classes)
-    if p.initial_width < p.width or p.initial_height < p.height:
+    if args.preprocess == "tutorial" and (p.initial_width < p.width or p.initial_height < p.height):
         raise RequestError(f"--rsz_width or --rsz_height is less than {p.width}x{p.height} pixels")
-    if args.preprocess == "torchvision" and network.transforms is None:
-        raise RequestError("--preprocess torchvision is for torchvision's networks: leave it out")
-    if args.preprocess == "torchvision":
-        theirs = read_transforms(network.transforms)
-        same = [np.allclose(*pair) for pair in zip(astuple(p), astuple(theirs), strict=True)]
-        if not all(same) or args.bgr_to_rgb is False:
-            problem = f"cuts out {theirs.width} pixels, in RGB, with the weights' mean and std"
-            hint = "leave out the options that say otherwise"
-            raise RequestError(f"--preprocess torchvision {problem}: {hint}")
+    if args.preprocess == "transform" and network.transform is None:
+        problem = "--preprocess transform compares with the network's transform"
+        raise RequestError(f"{problem}, and there is none for this size: give --transform")
 
 
-def get_centre_blob(picture, preprocessing):
-    """(1, 3, height, width): the true centre of the resized picture, as torchvision cuts it.
+def get_preprocessing(network, args):
+    """The Preprocessing of --preprocess; the tutorial's has 256/224 of the size, and no resize."""
+    p = args.preprocessing
+    if args.preprocess != "tutorial":
+        return p
+    width, height = args.rsz_width or p.width * 256 // 224, args.rsz_height or p.height * 256 // 224
+    return replace(p, resize=(), initial_width=width, initial_height=height)
+
+
+def get_own_blob(path, preprocessing):
+    """(3, height, width) of a picture, as classification.py prepares it."""
+    return get_blob(read_picture(path), preprocessing)[0]
+
+
+def get_tutorial_blob(path, preprocessing):
+    """The same: the true centre of the picture resized by cv2.
 
     blobFromImage's crop would shrink the picture to the blob and cut nothing off a square.
     """
     p = preprocessing
-    picture = cv2.resize(picture.astype(np.float32), (p.initial_width, p.initial_height))
+    size = p.initial_width, p.initial_height
+    picture = cv2.resize(read_picture(path).astype(np.float32), size)
     top, left = (p.initial_height - p.height) // 2, (p.initial_width - p.width) // 2
     centre = picture[top : top + p.height, left : left + p.width]
-    return get_blob(centre, replace(p, initial_width=None, initial_height=None))
+    return get_blob(centre, replace(p, initial_width=None, initial_height=None))[0]
 
 
-def get_torchvision_blob(picture, transforms):
-    """The same by the transforms of the weights; torchvision's published accuracy is theirs."""
-    import torch
-
-    rgb = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
-    return transforms(torch.from_numpy(rgb).permute(2, 0, 1))[None].numpy()
+def get_both_blobs(path, preprocessing, transform):
+    """(6, height, width): the transform's of a picture, for PyTorch; ours of it, for OpenCV."""
+    ours = get_own_blob(path, preprocessing)
+    return np.concatenate([run_transform(transform, read_pil(path)), ours])
 
 
 def read_batch(rows, root, make_blob, workers, buffer):
@@ -126,7 +135,7 @@ def read_batch(rows, root, make_blob, workers, buffer):
 
     def read(place, row):
         try:
-            buffer[place] = make_blob(read_picture(os.path.join(root, row.picture)))[0]
+            buffer[place] = make_blob(os.path.join(root, row.picture))
         except RequestError as error:
             return row._replace(skipped=str(error))
         return row
@@ -160,7 +169,9 @@ def evaluate_batch(networks, blob, rows):
     labels = np.array([[row.label] for row in rows])
     for name, forward in networks.items():
         start = time.perf_counter()
-        logits[name] = forward(blob)
+        # the transform's pictures and ours, or the same ones
+        part = np.ascontiguousarray(blob[:, :3] if name == "pytorch" else blob[:, -3:])
+        logits[name] = forward(part)
         columns[f"{name}_ms"] = np.full(len(rows), 1000 * (time.perf_counter() - start) / len(rows))
         scores = logits[name].astype(np.float64)
         scores = np.pad(scores, ((0, 0), (1 if scores.shape[1] == 1 else 0, 0)))
@@ -436,11 +447,10 @@ def evaluate(network, converted, data, config, args):
     """
     import torch
 
-    given = read_tutorial(vars(args)) | {"rgb": config.bgr_to_rgb}
-    p, total = replace(network.preprocessing, **given), len(data.pictures)
+    p, total = get_preprocessing(network, args), len(data.pictures)
     key = get_key(network, converted, p, data, config, args)
     # these three are in the name of the results, if they differ from the defaults
-    options = {args.preprocess: "tutorial", args.engine: "auto", key["channels"]: "RGB"}
+    options = {args.preprocess: "own", args.engine: "auto", key["channels"]: "RGB"}
     differs = [option for option, default in options.items() if option != default]
     name = "_".join([converted.path.stem, *differs])
     size = min(config.batch_size, total)
@@ -450,11 +460,14 @@ def evaluate(network, converted, data, config, args):
     done = resume(folder, name, total, args.resume)
     missing = [batch for batch in batches if batch[0].batch not in done]
 
-    make_blob = partial(get_centre_blob, preprocessing=p)
-    if args.preprocess == "torchvision":
-        make_blob = partial(get_torchvision_blob, transforms=network.transforms)
+    make_blob = partial(get_own_blob, preprocessing=p)
+    if args.preprocess == "tutorial":
+        make_blob = partial(get_tutorial_blob, preprocessing=p)
+    if args.preprocess == "transform":
+        make_blob = partial(get_both_blobs, preprocessing=p, transform=network.transform)
     keep_large_blocks()
-    buffer = np.empty((size, 3, p.height, p.width), np.float32)
+    channels = 6 if args.preprocess == "transform" else 3
+    buffer = np.empty((size, channels, p.height, p.width), np.float32)
     network.model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     net = cv2.dnn.readNetFromONNX(str(converted.path), ENGINES[key["engine"]])
     networks = {"pytorch": partial(run_pytorch, network.model), "opencv": partial(run_opencv, net)}
@@ -478,7 +491,7 @@ def evaluate(network, converted, data, config, args):
     gather(None)  # the batches are kept until rank 0 has written the results
     shutil.rmtree(folder, ignore_errors=True)
     if RANK == 0:
-        check_figures(figures)
+        check_figures(figures, args.preprocess != "transform")
 
 
 def resume(folder, name, total, is_wanted):
@@ -526,11 +539,11 @@ def run_batches(batches, root, networks, make_blob, buffer, folder):
     return any(gather(interrupted))
 
 
-def check_figures(figures):
-    """Raise NetworksDisagree, or RequestError if the figures are those of another set."""
+def check_figures(figures, judged):
+    """Raise NetworksDisagree if that is judged, or RequestError if too many were skipped."""
     difference = Difference(**figures["difference"])
     # "not <=" and not ">", which would let nan pass. A tie that falls the other way isn't a fault.
-    if not difference.relative <= MAX_RELATIVE_ERROR:
+    if judged and not difference.relative <= MAX_RELATIVE_ERROR:
         raise NetworksDisagree(f"PyTorch and OpenCV disagree on these pictures: {difference}")
     skipped = len(figures["skipped"])
     if skipped > MAX_SKIPPED * figures["pictures"]:

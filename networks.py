@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import http.client
 import importlib.util
-import json
 import os
 import socket
 import sys
@@ -20,12 +19,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from checkpoints import find_state_dict, read_checkpoint
-from classification import RANDOM, RequestError, one_line
-from common import SCRIPT_DIR, SEED, Preprocessing, get_digest, read_tutorial
-from default_preprocess_config import pytorch_resize_input_blob
+import numpy as np
 
-IMAGENET = Preprocessing(**read_tutorial(pytorch_resize_input_blob))
+from checkpoints import find_state_dict, read_checkpoint
+from classification import RANDOM, RequestError, one_line, scale_resize
+from common import SCRIPT_DIR, SEED, Preprocessing, get_digest, read_tutorial
+from default_preprocess_config import PYTORCH_RSZ_HEIGHT, pytorch_resize_input_blob
+from preprocessing import GREY, run_transform
+from transforms import find_transform, get_own_size, is_factory, measure_and_prove
+
+# torchvision's: the shorter side resized to 256, the centre cut out
+IMAGENET = Preprocessing(
+    **{k: v for k, v in read_tutorial(pytorch_resize_input_blob).items() if "initial" not in k},
+    resize=(PYTORCH_RSZ_HEIGHT,),
+)
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
 # torchvision's weights for these two expect pictures that aren't normalized as ImageNet's are, and
@@ -46,6 +53,7 @@ class Request:
     weights_key: str = ""  # of the state dict in the file; "" for the first that fits
     width: int | None = None  # of its pictures, px; None for its own
     height: int | None = None
+    transform: str = ""  # the user's, "module:name"; "" for that of the network's library
 
     @property
     def is_own(self):
@@ -70,38 +78,58 @@ class Network:
     model: object  # torch.nn.Module in eval mode
     preprocessing: Preprocessing
     declared: bool = True  # whether somebody says how it wants its pictures
-    transforms: object = None  # torchvision's; None for your own networks
+    transform: object = None  # of PIL pictures, that the preprocessing was measured on
+    transform_name: str = ""
     published: dict = field(default_factory=dict)  # {"acc@1": %, ...} of torchvision's weights
 
 
-def load_network(request, or_random=True):
+def load_network(request, or_random=True, test_picture=None):
     """The Network of a Request.
 
     Without torchvision's weights and without a network connection it gets random weights, and
     stderr says so; with or_random=False, or for any other reason, RequestError is raised.
+    test_picture: one more for the proof of the preprocessing.
     """
     if "torch" not in sys.modules:  # it takes seconds
         print("loading PyTorch ...", flush=True)
-    network = load_own(request) if request.is_own else load_torchvisions(request, or_random)
+    transform = load_transform(request.transform) if request.transform else None
+    if request.is_own:
+        network = load_own(request, transform, test_picture)
+    else:
+        network = load_torchvisions(request, or_random, transform, test_picture)
     own = network.preprocessing
-    network.preprocessing = scale_frame(own, request.width, request.height)
-    if network.preprocessing == own:  # the same file as without the size
+    network.preprocessing = p = scale_frame(own, request.width, request.height)
+    if p == own:  # the same file as without the size
         network.request = replace(network.request, width=None, height=None)
+    elif request.transform:
+        problem = f"{request.transform} makes {own.width}x{own.height} pixels"
+        raise RequestError(f"--transform: {problem}; leave --frame_size out")
+    elif network.transform:
+        network.transform = None
+        print(f"preprocessing: scaled to {p.width}x{p.height}, so not the transform's any more")
     # before any forward pass: timm's LeViT, for one, keeps what it computes from its weights
     if network.request.is_random:
-        calibrate(network.model, network.preprocessing.width, network.preprocessing.height)
+        calibrate(network.model, p.width, p.height)
     if request.is_own:
         adapt_own(network)
     return network
 
 
-def load_torchvisions(request, or_random):
+def load_torchvisions(request, or_random, transform=None, test_picture=None):
     """The Network of a Request for one of torchvision's classifiers."""
     name, known = request.name, get_torchvision_weights(request.name)
     default = next(iter(known.values()))
     entry = known.get(request.weights.upper()) if request.weights else default
-    transforms = (entry or default).transforms()
-    preprocessing = read_transforms(transforms)
+    title = request.transform or "torchvision's transforms"
+    frame = (request.width, request.height) if request.width and request.height else None
+    measured, transform = measure_and_prove(
+        transform or (entry or default).transforms(),
+        title,
+        bool(request.transform),
+        frame,
+        test_picture,
+    )
+    preprocessing = measured.preprocessing
     build = partial(build_torchvisions, name, request.width or preprocessing.width)
     model, weights, published = None, Path(request.weights).name, {}
     if request.is_file:
@@ -118,7 +146,11 @@ def load_torchvisions(request, or_random):
     if model is None:
         request, weights, published = replace(request, weights=RANDOM), RANDOM, {}
         model = build()
-    return Network(request, weights, model.eval(), preprocessing, True, transforms, published)
+    network = Network(
+        request, weights, model.eval(), preprocessing, True, transform, title, published
+    )
+    add_grey(network, measured.mix)
+    return network
 
 
 def get_torchvision_names():
@@ -179,7 +211,7 @@ def download_torchvisions(name, build, entry, or_random):
     return None
 
 
-def load_own(request):
+def load_own(request, transform=None, test_picture=None):
     """The Network of a Request for "module:function"."""
     if request.is_file:
         model, weights = load_weights(request, partial(build_own, request.name)), request.weights
@@ -189,8 +221,73 @@ def load_own(request):
         model, weights = build_own(request.name), request.weights.lower() or "own"
     if weights == "own":
         print(f"{request.name}: using the weights the function returns it with")
-    preprocessing, declared = read_own_preprocessing(request.name, model)
-    return Network(request, Path(weights).name, model, preprocessing, declared)
+    title, size, measured = request.transform, get_own_size(model), None
+    if request.width and request.height:
+        size = request.width, request.height
+    if not transform:
+        transform, title = find_transform(request.name, model)
+    if transform:
+        measured, transform = measure_and_prove(
+            transform,
+            title,
+            bool(request.transform),
+            size,
+            test_picture,
+            partial(takes_grey, model),
+        )
+    p = measured.preprocessing if measured else scale_frame(IMAGENET, *size or (None, None))
+    network = Network(request, Path(weights).name, model, p, measured is not None, transform, title)
+    if measured:
+        add_grey(network, measured.mix)
+    elif takes_grey(model, p.width, p.height):
+        add_grey(network, np.append(GREY, 0)[None])
+    return network
+
+
+def load_transform(name):
+    """The user's transform that "module:name" names, from this folder or a package."""
+    with your_modules(f"--transform {name}"):
+        transform = import_yours("--transform", name)
+        return transform() if is_factory(transform) else transform
+
+
+def takes_grey(model, width, height):
+    """Whether a network's forward fails with three channels, and works with one."""
+    import torch
+
+    for channels in (3, 1):
+        batch = torch.zeros(1, channels, height, width, dtype=get_dtype(model))
+        try:
+            with torch.no_grad():
+                model(batch)
+            return channels == 1
+        except (Exception, SystemExit):  # whatever its code raises
+            continue
+    return False
+
+
+def add_grey(network, mix):
+    """Put a 1x1 convolution that makes grey of RGB before a network, and say so.
+
+    mix: its weights for R, G and B, and its bias, (outputs, 4); None for no convolution.
+    """
+    import torch
+
+    if mix is None:
+        return
+    convolution = torch.nn.Conv2d(3, len(mix), 1).requires_grad_(False)
+    weights = torch.from_numpy(np.float32(mix))
+    convolution.weight.copy_(weights[:, :3, None, None])
+    convolution.bias.copy_(weights[:, 3])
+    network.model = torch.nn.Sequential(
+        convolution.to(get_dtype(network.model)), network.model
+    ).eval()
+    print(f"{network.request.name}: takes grey pictures: a 1x1 convolution makes them of RGB ones")
+    theirs, gain = network.transform, float(mix[0, :3].sum())
+    if theirs:
+        network.transform = lambda picture: np.repeat(
+            (run_transform(theirs, picture)[:1] - mix[0, 3]) / gain, 3, axis=0
+        )
 
 
 def build_own(name):
@@ -201,19 +298,8 @@ def build_own(name):
     import torch
 
     torch.manual_seed(SEED)
-    module_name, _, function_name = name.partition(":")
-    if not all(part.isidentifier() for part in module_name.split(".")):
-        raise RequestError(f"--model_name {name}: '{module_name}' isn't the name of a module")
-    with your_modules(name):
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name != module_name.partition(".")[0]:
-                raise
-            raise RequestError(f"--model_name {name}: {error} in this folder") from None
-        if not hasattr(module, function_name):
-            raise RequestError(f"--model_name {name}: {module.__file__} has no {function_name}")
-        model = getattr(module, function_name)
+    with your_modules(f"--model_name {name}"):
+        model = import_yours("--model_name", name)
         if not isinstance(model, torch.nn.Module):
             model = model()
     if not isinstance(model, torch.nn.Module):
@@ -227,8 +313,24 @@ def build_own(name):
         raise RequestError(f"--model_name {name}: {problem}") from None
 
 
+def import_yours(option, name):
+    """What "module:name" names; `option` is where it was given. To be run in your_modules."""
+    module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise RequestError(f"{option} {name}: '{module_name}' isn't the name of a module")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.partition(".")[0]:
+            raise
+        raise RequestError(f"{option} {name}: {error} in this folder") from None
+    if not hasattr(module, attribute):
+        raise RequestError(f"{option} {name}: {module.__file__} has no {attribute}")
+    return getattr(module, attribute)
+
+
 @contextlib.contextmanager
-def your_modules(name):
+def your_modules(option):
     """Run your code: with the files of this folder before ours, and without our command line."""
     files = {key: getattr(module, "__file__", None) for key, module in sys.modules.items()}
     ours = [key for key, file in files.items() if file and Path(file).parent == SCRIPT_DIR]
@@ -241,7 +343,7 @@ def your_modules(name):
     except SystemExit as error:
         problem = f"its code exits (SystemExit: {error})"
         hint = 'put what a script runs under `if __name__ == "__main__":`'
-        raise RequestError(f"--model_name {name}: {problem}; {hint}") from None
+        raise RequestError(f"{option}: {problem}; {hint}") from None
     finally:
         sys.modules.update(hidden)
         sys.path[:] = [*path, os.getcwd()]  # for what your code imports later
@@ -281,69 +383,12 @@ def get_logits(output):
     return getattr(output, "logits", output)
 
 
-def adapt_preprocessing(mean, std, width, height, resize):
-    """The tutorial's Preprocessing for another size, px, and other normalization.
-
-    mean, std: for pixels from 0 to 1. resize: the size before the crop, over the size after it.
-    """
-    mean = tuple(float(f"{255 * value:g}") for value in mean)
-    initial = {"initial_width": int(width * resize + 1e-6)}
-    initial["initial_height"] = int(height * resize + 1e-6)
-    return replace(IMAGENET, mean=mean, std=tuple(std), width=width, height=height, **initial)
-
-
-def read_transforms(transforms):
-    """The tutorial's Preprocessing with the sizes, mean and std of torchvision's transforms."""
-    (crop,), (resize,) = transforms.crop_size, transforms.resize_size
-    return adapt_preprocessing(transforms.mean, transforms.std, crop, crop, resize / crop)
-
-
-def read_own_preprocessing(name, model):
-    """(Preprocessing that a network carries, or ImageNet's; whether it carries one).
-
-    timm's pretrained_cfg has input_size (3, height, width), mean and std for pixels from 0 to 1,
-    and crop_pct, the part of the resized picture that is kept:
-    https://huggingface.co/docs/timm/reference/data
-    transformers' config has image_size; the rest is in a file beside its weights, if there are any:
-    https://huggingface.co/docs/transformers/main_classes/image_processor
-    """
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if isinstance(config, dict) and {"input_size", "mean", "std"} <= config.keys():
-        print(f"{name}: preprocessing from the network's pretrained_cfg")
-        if config.get("interpolation", "bilinear") != "bilinear":
-            print(f"{name}: wants {config['interpolation']} resizing; OpenCV resizes bilinearly")
-        # what create_model(img_size=160) changes
-        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        height, width = size or config["input_size"][1:]
-        resize = 1 / (config.get("crop_pct") or 1)
-        return adapt_preprocessing(config["mean"], config["std"], width, height, resize), True
-    config = getattr(model, "config", None)
-    folder = getattr(config, "_name_or_path", "")
-    path = Path(folder, "preprocessor_config.json")
-    about = json.loads(path.read_text("utf-8")) if folder and path.is_file() else {}
-    size, crop_size = about.get("size", 224), about.get("crop_size")
-    height, width = get_sides(getattr(config, "image_size", None) or crop_size or size)
-    if not {"image_mean", "image_std"} <= about.keys():
-        return scale_frame(IMAGENET, width, height), False
-    print(f"{name}: preprocessing from {path}")
-    resize = min(get_sides(size)) / min(get_sides(crop_size)) if crop_size else 1
-    return adapt_preprocessing(about["image_mean"], about["image_std"], width, height, resize), True
-
-
-def get_sides(size):
-    """(height, width) of a size as transformers writes it: a number, a pair, or a dictionary."""
-    if isinstance(size, dict):
-        size = size.get("shortest_edge") or (size["height"], size["width"])
-    return size if isinstance(size, (tuple, list)) else (size, size)
-
-
 def scale_frame(preprocessing, width, height):
     """The same preprocessing for pictures of another width and height, px; None: as it is."""
     p = preprocessing
-    sizes = {"width": width or p.width, "height": height or p.height}
-    sizes["initial_width"] = p.initial_width * sizes["width"] // p.width
-    sizes["initial_height"] = p.initial_height * sizes["height"] // p.height
-    return replace(p, **sizes)
+    before, after = (p.width, p.height), (width or p.width, height or p.height)
+    resize = tuple(scale_resize(p.resize, before, after)) if p.resize else ()
+    return replace(p, width=after[0], height=after[1], resize=resize)
 
 
 def calibrate(model, width, height):

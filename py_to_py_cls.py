@@ -21,11 +21,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from classification import (
+    BLOBS,
     ENGINES,
     SAVED_PICTURES,
     ZOO_NAME,
     RequestError,
     boolean,
+    check_preprocessing,
+    describe,
     get_blob,
     make_parser,
     read_lines,
@@ -72,20 +75,24 @@ def get_parser():
         "that fits)")
     add("--allow_branches", default=False, **yes_no,
         help="convert a network even if it may branch on the values of its input (default: False)")
+    add("--transform", default="", type=model_name, metavar="MODULE:NAME",
+        help="your validation transform, from a PIL picture to a tensor, or a function that makes "
+        "it: it is measured (default: the transform of the network's library)")
     add("--default_img_preprocess", default=True, **yes_no,
         help="test mode: prepare the picture as the network wants it (True), or as "
         "TestClsModuleConfig says (False); options win over both (default: True)")
-    add("--preprocess", choices=["tutorial", "torchvision"], default="tutorial",
-        help="evaluation mode: the centre of the resized picture, or torchvision's transforms, "
-        "which its published accuracy was measured with (default: tutorial)")
+    add("--preprocess", choices=["own", "tutorial", "transform"], default="own",
+        help="evaluation mode: the network's own, as in test mode; the tutorial's, which cuts out "
+        "the centre of 256x256 pixels; or from end to end: the transform for PyTorch, ours for "
+        "OpenCV (default: own)")
     add("--engine", choices=list(ENGINES), default="auto",
         help="evaluation mode: OpenCV's engine (default: auto, the fastest correct one)")
     add("--resume", default=True, **yes_no,
         help="evaluation mode: resume where the same command was interrupted (default: True)")
     add_config(parser, TestClsConfig, "evaluation mode: TestClsConfig in test_config.py")
     add_config(parser, TestClsModuleConfig, "test mode: TestClsModuleConfig in test_config.py",
-        "These defaults apply with --default_img_preprocess False. Evaluation mode\n"
-        "takes --scale, --mean, --std, --frame_* and --rsz_* as well.")
+        "These defaults apply with --default_img_preprocess False. The options of the\n"
+        "preprocessing are evaluation mode's as well; --rsz_* needs --preprocess tutorial.")
     return parser
 # fmt: on
 
@@ -112,14 +119,66 @@ def get_args():
     if args.evaluate is None:
         args.evaluate = not args.test
     width, height = args.frame_width or args.frame_size, args.frame_height or args.frame_size
-    args.request = Request(args.model_name, args.weights, args.weights_key, width, height)
+    request = Request(
+        args.model_name, args.weights, args.weights_key, width, height, args.transform
+    )
+    args.request, args.given = request, read_tutorial(vars(args))
+    if args.bgr_to_rgb is not None:
+        args.given.setdefault("rgb", args.bgr_to_rgb)
     if args.weights_key and not args.request.is_file:
         raise RequestError(f"--weights_key needs --weights FILE; '{args.weights}' isn't a file")
-    if args.evaluate and not args.test and (args.crop, args.rgb) != (None, None):
-        raise RequestError("--crop and --rgb have no effect on an evaluation; leave them out")
-    if (args.rsz_width is None) != (args.rsz_height is None):
-        raise RequestError("--rsz_width and --rsz_height go together")
+    check_given(args)
     return args
+
+
+def check_given(args):
+    """Raise RequestError for options of the preprocessing that have no effect, or conflict."""
+    given = {f"--{name.replace('initial_', 'rsz_')}" for name in args.given}
+    if not args.default_img_preprocess:
+        given.add("--default_img_preprocess")
+    is_tutorial = args.evaluate and args.preprocess == "tutorial"
+    if args.transform and given:
+        raise RequestError(f"--transform says how pictures are prepared: leave out {min(given)}")
+    if "--rsz_width" in given and args.default_img_preprocess and not is_tutorial:
+        hint = "--preprocess tutorial or --default_img_preprocess False"
+        raise RequestError(f"--rsz_width and --rsz_height need {hint}; --resize is for all others")
+    if (
+        is_tutorial
+        and not args.test
+        and given & {"--resize", "--interpolation", "--center", "--crop"}
+    ):
+        problem = "--preprocess tutorial cuts the centre out of --rsz_width x --rsz_height pixels"
+        raise RequestError(f"{problem}: leave out --resize, --interpolation, --center and --crop")
+    if "--resize" in given and given & {"--rsz_width", "--crop"}:
+        raise RequestError("--resize is another way than --crop and --rsz_*: leave one out")
+    if ("--rsz_width" in given) != ("--rsz_height" in given):
+        raise RequestError("--rsz_width and --rsz_height go together")
+
+
+def get_preprocessing(own, declared, args, module_config):
+    """The Preprocessing of test mode, the entry and the evaluation: the network's own, or options'.
+
+    own: the network's; declared: whether anybody says so.
+    """
+    # the tutorial's initial size is the evaluation's alone
+    given = (
+        {k: v for k, v in args.given.items() if "initial" not in k}
+        if args.default_img_preprocess
+        else args.given
+    )
+    base = own
+    if not args.default_img_preprocess:
+        fields = read_tutorial(vars(module_config))
+        base = Preprocessing(**fields, width=own.width, height=own.height)
+    elif not declared and given.keys() & {"scale", "mean", "std"}:
+        base = replace(own, scale=1.0, mean=(0.0,) * 3, std=())  # OpenCV's defaults
+    if given.keys() & {*BLOBS}:
+        base = replace(base, resize=(), interpolation="bilinear", center="round")
+    p = replace(base, **given)
+    if "resize" in given:
+        p = replace(p, crop=p.resize != (p.width, p.height))
+    check_preprocessing(p, given)
+    return p
 
 
 def fill_config(config_class, args):
@@ -158,35 +217,30 @@ def get_converted(args, module_config, picture, names, data):
     and changes none; if it has to convert, the entry gets the network's own preprocessing.
     """
     only_evaluates = args.evaluate and not args.test
-    as_network_wants = args.default_img_preprocess or only_evaluates
-    given = read_tutorial(vars(args if as_network_wants else module_config))
     # what the entry depends on, beside the network
-    options = {"as_network_wants": as_network_wants, "given": given}
-    options["classes"] = get_digest(module_config.classes)
-    if not args.evaluate:
+    options = {"as_network_wants": args.default_img_preprocess or only_evaluates}
+    options |= {"given": args.given, "classes": get_digest(module_config.classes)}
+    if not (args.evaluate or args.transform):
         converted = find_converted(args.request, options)
         if converted:
             return None, converted
-    network = load_network(args.request, or_random=data is None or data.bundled)
+    or_random = data is None or data.bundled
+    network = load_network(args.request, or_random, module_config.input_img)
+    preprocessing = get_preprocessing(network.preprocessing, network.declared, args, module_config)
+    args.preprocessing = preprocessing  # the evaluation's as well
     # again: only now is it known that a download failed, or that a size is the network's own
     converted = find_converted(network.request, None if only_evaluates else options)
     if converted:
         if args.evaluate:
             check_evaluation(network, data, converted.outputs, args)
         return network, converted
-    if only_evaluates and network.declared:
-        given = {}  # the options are the evaluation's, not the entry's
-        options["given"] = given
-    own = network.preprocessing
-    preprocessing = replace(own, **given)
-    if not as_network_wants:
-        preprocessing = Preprocessing(**given, width=own.width, height=own.height)
     references = get_references(network.model, get_blob(picture, preprocessing))
     outputs = references[0].logits.shape[1]
     if args.evaluate:  # before the export, which takes longer
         check_evaluation(network, data, outputs, args)
     labels = fit_labels(names, args.classes, outputs)
-    print_assumptions(network, given, labels and not args.classes)
+    print_assumptions(network, args.given, labels and not args.classes)
+    print(f"preprocessing: {describe(preprocessing)}")
     converted = convert(network, references, args.allow_branches)
     write_entry(converted, preprocessing, module_config.classes if labels else None, options)
     return network, converted
@@ -194,7 +248,7 @@ def get_converted(args, module_config, picture, names, data):
 
 def print_assumptions(network, given, imagenets_labels):
     """Say what nobody has said about the network."""
-    name, options = network.request.name, "--frame_size, --scale, --mean, --std and --rsz_*"
+    name, options = network.request.name, "--transform or --resize, --mean, --std"
     if not network.declared and not given.keys() & {"scale", "mean", "std"}:
         note = f"{name} declares no preprocessing: assuming ImageNet's; {options} change it"
         print(f"NOTE: {note}", file=sys.stderr)

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from classification import boolean, finite, non_zero, positive_int
+from classification import CENTERS, INTERPOLATIONS, boolean, finite, non_zero, positive_int
 
 # Output folders, in the current folder.
 MODELS_DIR = "models"
@@ -31,11 +31,11 @@ class TestClsConfig:
 
     batch_size: int = option(50, "pictures in one forward pass", positive_int)
     frame_size: int = option(
-        224, "width and height of the blob, px, if not the network's own", positive_int
+        None, "width and height of the blob, px, if not the network's own", positive_int
     )
     img_root_dir: str = option(IMAGENET_VAL_DIR, "folder of the labelled pictures")
     img_cls_file: str = option("./val.txt", "their labels: lines of 'name class-ID'")
-    bgr_to_rgb: bool = option(True, "the network takes RGB, OpenCV reads BGR", boolean)
+    bgr_to_rgb: bool = option(None, "the tutorial's name for --rgb", boolean)
 
 
 @dataclass
@@ -51,8 +51,8 @@ class TestClsModuleConfig:
     test_module_path: str = option("classification.py", "the script that test mode runs")
     input_img: str = option(os.path.join(CLS_TEST_DATA_DIR, "red_panda.jpg"), "the test picture")
     model: str = ""  # the tutorial's; here test mode always runs the converted one
-    frame_height: int = option(TestClsConfig.frame_size, "height of the blob, px", positive_int)
-    frame_width: int = option(TestClsConfig.frame_size, "width of the blob, px", positive_int)
+    frame_height: int = option(None, "height of the blob, px", positive_int)
+    frame_width: int = option(None, "width of the blob, px", positive_int)
     scale: float = option(1.0, "blobFromImage's scalefactor", non_zero)
     mean: tuple = option(
         (0.0, 0.0, 0.0), "blobFromImage's mean, subtracted before scaling", finite, nargs=3
@@ -62,6 +62,13 @@ class TestClsModuleConfig:
     rgb: bool = option(True, "blobFromImage's swapRB", boolean)
     rsz_height: int = option(None, "resize the picture to this height first, px", positive_int)
     rsz_width: int = option(None, "resize the picture to this width first, px", positive_int)
+    resize: tuple = option(
+        (), "resize the shorter side, or to width and height, px", positive_int, nargs="+"
+    )
+    interpolation: str = option("bilinear", "of --resize", choices=INTERPOLATIONS, metavar=None)
+    center: str = option(
+        "round", "where --resize cuts out the centre", choices=CENTERS, metavar=None
+    )
     classes: str = option(
         os.path.join(CLS_TEST_DATA_DIR, "imagenet_classes.txt"), "file of class names, one per line"
     )
