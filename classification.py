@@ -254,9 +254,8 @@ def get_args():
 def describe(p):
     """The preprocessing in one line, without what has no effect."""
     unused = BLOBS if p.resize else PILLOWS
-    values = {key: getattr(p, key) for key in TORCHVISION if key not in unused}
-    texts = (v if isinstance(v, str) else " ".join(map(str, np.ravel(v))) for v in values.values())
-    return ", ".join(map(" ".join, zip(values, texts, strict=True)))
+    values = ((key, getattr(p, key)) for key in TORCHVISION if key not in unused)
+    return ", ".join(f"{k} {list(v) if isinstance(v, tuple) else v}" for k, v in values)
 
 
 def scale_resize(resize, before, after):

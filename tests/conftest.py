@@ -224,19 +224,14 @@ def trained(folder, weights, converted):
 
 @pytest.fixture(scope="session")
 def get_logits():
-    """get_logits(network, path, centre_crop): PyTorch's answer, without the project's code.
+    """get_logits(network, path): PyTorch's answer behind torchvision's own transforms."""
+    from PIL import Image
+    from torchvision import transforms
 
-    To a picture that cv2 has read and resized, normalized as torchvision does it. With centre_crop
-    the middle 224 of 256 pixels, else the whole made small, which is what blobFromImage does.
-    """
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-
-    def get_logits(network, path, centre_crop):
-        rgb = cv2.resize(cv2.imread(str(path))[:, :, ::-1].astype(np.float32), (256, 256))
-        rgb = rgb[16:240, 16:240] if centre_crop else cv2.resize(rgb, (224, 224))
-        return run_picture(network, (rgb / 255 - mean) / std)
-
-    return get_logits
+    normalize = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), normalize]
+    transform = transforms.Compose(steps)
+    return lambda network, path: run_torch(network, transform(Image.open(path))[None].numpy())[0]
 
 
 def run_picture(network, picture):

@@ -67,7 +67,7 @@ def answers(get_logits):
     """{network: PyTorch's logits of the koala}, preprocessed without the project."""
     found = {}
     for name in MODELS:
-        found[name] = get_logits(load_network(Request(name, "random")).model, KOALA, False)
+        found[name] = get_logits(load_network(Request(name, "random")).model, KOALA)
     return found
 
 

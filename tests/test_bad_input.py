@@ -100,6 +100,11 @@ def bad(model, tmp_path_factory):
         ("MODEL KOALA --scale inf", "--scale: invalid non_zero value: 'inf'"),
         ("MODEL KOALA --width 0", "--width"),
         ("MODEL KOALA --initial_width 256", "go together"),
+        ("MODEL KOALA --resize 256 --crop True", "leave one out"),
+        ("MODEL KOALA --resize 1 2 3", "--resize takes the shorter side"),
+        ("MODEL KOALA --resize 256 --center first", "--center first needs --resize 224 224"),
+        ("MODEL KOALA --crop --interpolation bicubic", "are options of --resize"),
+        ("MODEL KOALA --mean 0.5 0.5 0.5 --scale 0.0039", "give --mean 127.5 127.5 127.5"),
         ("MODEL KOALA --crop maybe", "--crop: invalid boolean value: 'maybe'"),
         ("MODEL KOALA --top_k 0", "--top_k"),
         ("MODEL KOALA --engine fast", "--engine"),
@@ -186,8 +191,12 @@ def test_files_where_the_folders_should_be(run, model, folder, weights):
         ("--img_root_dir nope", "nope"),
         ("--img_root_dir .", "no pictures in folders"),
         ("--img_cls_file nope.txt", "ILSVRC2012_img_val"),
-        ("--crop True", "--crop and --rgb have no effect on an evaluation"),
-        ("--rgb False", "--crop and --rgb have no effect on an evaluation"),
+        ("--rsz_width 300 --rsz_height 300", "need --preprocess tutorial or"),
+        ("--preprocess tutorial --rsz_width 300", "go together"),
+        ("--preprocess tutorial --crop True", "leave out --resize ... --crop"),
+        ("--resize 256 --crop True", "leave one out"),
+        ("--transform a:b --mean 1 2 3", "leave out --mean"),
+        ("--transform a:b --default_img_preprocess False", "leave out --default_img_preprocess"),
         ("--weights_key model_ema", "--weights_key needs --weights FILE; '' isn't a file"),
     ],
 )
@@ -247,12 +256,13 @@ def test_size_that_the_network_cannot_take(name, words):
         ("--model_name resnet51", "resnet51 ... resnet50"),
         ("--model_name vgg", "vgg ... vgg19"),
         ("--model_name qqq", "qqq ... alexnet"),
-        ("--rsz_width 200 --rsz_height 200", "--rsz_height is less than 224x224 pixels"),
-        *((f"--preprocess torchvision {options}", "leave out the options that say otherwise")
-          for options in ("--mean 1 2 3", "--std 1 2 3", "--scale 2", "--bgr_to_rgb False",
-                          "--frame_size 192", "--rsz_width 300 --rsz_height 300")),
+        ("--preprocess tutorial --rsz_width 200 --rsz_height 200", "is less than 224x224 pixels"),
+        ("--preprocess transform --frame_size 192", "no transform ... 192"),
+        ("--mean 0.485 0.456 0.406", "give --mean 123.675 116.28 103.53"),
+        ("--resize 1 2 3", "--resize takes the shorter side"),
+        ("--center first", "--center first needs --resize 224 224"),
     ],
-)  # fmt: skip
+)
 def test_request_that_does_not_fit_the_network(run, folder, options, words):
     name = [] if "model_n" in options else ["--model_name", "squeezenet1_1"]
     result = run("py_to_py_cls.py", *name, "--weights", "random", *options.split())

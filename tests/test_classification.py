@@ -24,7 +24,7 @@ import classification
 KOALA = PICTURES / "koala.jpg"
 LABELS = (PICTURES / "imagenet_classes.txt").read_text().splitlines()
 TORCHVISION = "--scale 0.00392156862745098 --mean 123.675 116.28 103.53 --std 0.229 0.224 0.225"
-TORCHVISION += " --crop --rgb --initial_width 256 --initial_height 256"
+TORCHVISION += " --rgb --resize 256"
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def classify(run, model):
 
 @pytest.mark.parametrize("options", ["", TORCHVISION, TORCHVISION + " --width 224 --height 224"])
 def test_answer_is_pytorchs(classify, small, get_logits, options):
-    expected = get_logits(small, KOALA, centre_crop=False)
+    expected = get_logits(small, KOALA)
     labels = ["--classes", PICTURES / "imagenet_classes.txt"]
     result = classify(KOALA, *labels, *options.split())
     assert read_answer(result) == near(expected)
@@ -84,7 +84,7 @@ def test_switches(classify, option):
 
 
 def test_top_k_is_sorted(classify, small, get_logits):
-    expected = np.argsort(-get_logits(small, KOALA, centre_crop=False))[:3]
+    expected = np.argsort(-get_logits(small, KOALA))[:3]
     output = get_output(classify(KOALA, "--top_k", "3"))
     assert re.findall(r"class ID: (\d+),", output) == [str(i) for i in expected]
 
@@ -145,7 +145,7 @@ def test_alone_in_an_empty_folder(folder, execute, model, small, get_logits):
         shutil.copy(file, folder)
     options = ["-X", "importtime", "classification.py", "--input", "small.onnx", "koala.jpg"]
     result = execute(sys.executable, *options)
-    expected = get_logits(small, KOALA, centre_crop=False).argmax()
+    expected = get_logits(small, KOALA).argmax()
     assert f"* class ID: {expected}, label: Class #{expected}" in get_output(result)
     imported = set(re.findall(r"^import time:.*\| +(\w+)", result.stderr, re.M))
     assert "cv2" in imported

@@ -23,14 +23,13 @@ import torch
 from conftest import PICTURES, ROOT, check_one_line, get_output
 from filelock import FileLock
 from PIL import Image
-from torchvision import models
 from torchvision.transforms import v2
 
 import evaluation
 from classification import RequestError, read_picture
 from evaluation import Row, read_batches
 from labelled_pictures import Data, get_data
-from networks import IMAGENET, Request, read_transforms
+from networks import IMAGENET, Request
 from test_config import TestClsConfig
 
 LABELLED = [line.split() for line in (PICTURES / "val.txt").read_text().splitlines()]
@@ -233,7 +232,7 @@ def test_evaluation_is_right(run, folder, weights, squeezenet, get_logits):
     """Accuracy against labels of which every third is first, fourth, and eighth."""
     lines = []
     for number, (name, _) in enumerate(LABELLED):
-        order = np.argsort(-get_logits(squeezenet, PICTURES / name, centre_crop=True))
+        order = np.argsort(-get_logits(squeezenet, PICTURES / name))
         lines.append(f"{name} {order[(0, 3, 7)[number % 3]]}\n")
     (folder / "labels.txt").write_text("".join(lines))
     shutil.copy(weights, folder / "own.pth")
@@ -260,25 +259,16 @@ def test_evaluation_is_right(run, folder, weights, squeezenet, get_logits):
     assert summary["onnx"] == {"sha1": sha1}
 
 
-def test_evaluation_blob_is_torchvisions():
-    """The true centre crop: torchvision's own transforms on the same resized picture."""
+def test_evaluation_with_the_tutorials_preprocessing():
+    """The true centre of 256x256 pixels, which blobFromImage's crop would shrink."""
     picture = cv2.imread(str(PICTURES / "koala.jpg"))
     rgb = cv2.resize(picture[:, :, ::-1].astype(np.float32), (256, 256)) / 255
     normalize = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    transforms = v2.Compose([v2.CenterCrop(224), normalize])
-    expected = transforms(torch.from_numpy(rgb).permute(2, 0, 1))[None].numpy()
-    blob = evaluation.get_centre_blob(picture, IMAGENET)
+    expected = v2.Compose([v2.CenterCrop(224), normalize])(torch.from_numpy(rgb).permute(2, 0, 1))
+    p = replace(IMAGENET, resize=(), initial_width=256, initial_height=256)
+    blob = evaluation.get_tutorial_blob(PICTURES / "koala.jpg", p)
     assert blob.dtype == np.float32
-    assert np.abs(blob - expected).max() < 1e-5
-
-
-def test_preprocess_of_the_weights():
-    """--preprocess torchvision: what torchvision makes of the picture that PIL reads."""
-    transforms = models.ResNet50_Weights.IMAGENET1K_V2.transforms()
-    path = PICTURES / "koala.jpg"
-    blob = evaluation.get_torchvision_blob(cv2.imread(str(path)), transforms)
-    assert blob.shape == (1, 3, 224, 224)
-    assert np.abs(blob - transforms(Image.open(path))[None].numpy()).mean() < 0.02
+    assert np.abs(blob - expected.numpy()).max() < 1e-5
 
 
 # --- odd requests and data ------------------------------------------------------------------------
@@ -298,12 +288,10 @@ def get_pictures(folder, names, config=None, named_labels=False, class_names=Non
     return get_data(config, given, class_names or IMAGENETS)
 
 
-def check(data, outputs=1000, preprocess="tutorial", network=None, preprocessing=None, **given):
+def check(data, outputs=1000, preprocess="own", network=None, preprocessing=IMAGENET, **given):
     """evaluation.check_evaluation for a torchvision network of `outputs` logits."""
-    transforms = models.ResNet50_Weights.IMAGENET1K_V1.transforms()
-    own = preprocessing or read_transforms(transforms)
-    network = network or SimpleNamespace(transforms=transforms, preprocessing=own)
-    args = {"preprocess": preprocess, "classes": None, "bgr_to_rgb": None} | given
+    network = network or SimpleNamespace(transform=None, preprocessing=preprocessing)
+    args = {"preprocess": preprocess, "classes": None, "preprocessing": preprocessing} | given
     evaluation.check_evaluation(network, data, outputs, SimpleNamespace(**args))
 
 
@@ -393,21 +381,6 @@ def test_label_files(folder, capsys):
     labels.write_text("".join(f"{i}.jpg 1\n" for i in range(100)))
     data = get_pictures(folder, [f"{i}.jpg" for i in range(99)], config, named_labels=True)
     assert len(data.pictures) == 100
-
-
-def test_options_that_contradict_the_transforms(folder):
-    """--preprocess torchvision takes options that say what it does anyhow, and no others."""
-    data = get_pictures(folder, ["1/a.jpg"])
-    own = read_transforms(models.ResNet50_Weights.IMAGENET1K_V1.transforms())
-    check(data, preprocess="torchvision", preprocessing=replace(own, scale=0.00392157))
-    check(data, preprocess="torchvision", bgr_to_rgb=True)
-    with pytest.raises(RequestError, match="224 pixels, in RGB"):
-        check(data, preprocess="torchvision", preprocessing=replace(own, initial_width=300))
-    network = SimpleNamespace(transforms=None, preprocessing=own)
-    with pytest.raises(RequestError, match="torchvision's networks"):
-        check(data, preprocess="torchvision", network=network)
-    with pytest.raises(RequestError, match="--rsz_width"):
-        check(data, preprocessing=replace(own, initial_width=200))
 
 
 def test_order_of_the_channels(grey, folder):

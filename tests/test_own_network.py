@@ -5,7 +5,6 @@ import re
 import sys
 from dataclasses import replace
 
-import cv2
 import numpy as np
 import onnx
 import pytest
@@ -20,7 +19,8 @@ from conftest import (
     run_picture,
     run_torch,
 )
-from torchvision import models
+from PIL import Image
+from torchvision import models, transforms
 
 import conversion
 from classification import RequestError
@@ -114,7 +114,7 @@ def test_own_weights_and_labels(run, folder, get_logits):
     check_one_line(run("py_to_py_cls.py", *options, "six.txt"), "six.txt", "6 lines", "7 outputs")
     assert not (folder / "models").exists()
 
-    logits = get_logits(seven, KOALA, False)
+    logits = get_logits(seven, KOALA)
     for result in (
         run("py_to_py_cls.py", *options, "seven.txt"),
         # by its name, with nothing but cv2; the class names come along
@@ -131,8 +131,9 @@ def test_own_architecture(run, folder):
     options += ["--std", "0.5", "0.5", "0.5", "--test", "True", "--input_img", KOALA]
     result = run("py_to_py_cls.py", *options)
     assert result.stderr == ""
-    rgb = cv2.imread(str(KOALA))[:, :, ::-1].astype(np.float32)
-    blob = (cv2.resize(cv2.resize(rgb, (64, 64)), (56, 56)) - [10, 20, 30]) / 255 / 0.5
+    resized = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])
+    # scale has OpenCV's default, since nobody says what it is
+    blob = (np.float32(resized(Image.open(KOALA))) - [10, 20, 30]) / 0.5
     logits = run_picture(build(), blob)
     assert read_answer(result) == near(logits)
     assert f"label: Class #{logits.argmax()}" in result.stdout
@@ -315,75 +316,25 @@ def test_random_weights_of_a_network_that_keeps_what_it_computes(own):
     assert np.array_equal(run_torch(model, BLOB), answer)
 
 
-# --- preprocessing --------------------------------------------------------------------------------
-
-
-SIZES = ("width", "height", "initial_width", "initial_height")
-TIMM = replace(IMAGENET, mean=(127.5, 63.75, 191.25), std=(0.5, 0.2, 0.1))
-CONFIG = {"input_size": (3, 48, 56), "mean": (0.5, 0.25, 0.75), "std": (0.5, 0.2, 0.1)}
-CONFIG |= {"crop_pct": 0.875, "interpolation": "bicubic"}
-OLDER = {key: CONFIG[key] for key in ("mean", "std")} | {"input_size": (3, 64, 64)}
-SIZED = "types.SimpleNamespace(img_size=(160, 80))"
-FOLDER, CROPPED, BARE = (f"_name_or_path='{name}'" for name in ("checkpoint", "cropped", "bare"))
-
-
-def sizes(preprocessing):
-    return tuple(getattr(preprocessing, name) for name in SIZES)
-
-
-@pytest.mark.parametrize(
-    "attribute, expected, reference",
-    [
-        (f"pretrained_cfg = {CONFIG}", (56, 48, 64, 54), TIMM),
-        (f"default_cfg = {OLDER}", (64, 64, 64, 64), TIMM),
-        ("pretrained_cfg = {'input_size': (3, 64, 64)}", (224, 224, 256, 256), IMAGENET),
-        ("config = 5", (224, 224, 256, 256), IMAGENET),
-        # timm's create_model(..., img_size=160) changes this, but not its pretrained_cfg
-        (f"pretrained_cfg = {CONFIG}; Net.patch_embed = {SIZED}", (80, 160, 91, 182), TIMM),
-        # transformers; the file with mean and std is at hand if the weights are
-        ("config = types.SimpleNamespace(image_size=48)", (48, 48, 54, 54), IMAGENET),
-        ("config = types.SimpleNamespace(image_size=(96, 48))", (48, 96, 54, 109), IMAGENET),
-        (f"config = types.SimpleNamespace(image_size=48, {FOLDER})", (48, 48, 48, 48), TIMM),
-        (f"config = types.SimpleNamespace({FOLDER})", (48, 48, 48, 48), TIMM),
-        (f"config = types.SimpleNamespace({CROPPED})", (48, 48, 64, 64), TIMM),
-        # a file without mean and std, and one that isn't the network's
-        (f"config = types.SimpleNamespace({BARE})", (48, 48, 54, 54), IMAGENET),
-        ("config = types.SimpleNamespace()", (224, 224, 256, 256), IMAGENET),
-    ],
-)  # fmt: skip
-def test_preprocessing_that_a_network_carries(
-    own, tmp_path, capsys, attribute, expected, reference
-):
-    """Mean and std for pixels from 0 to 1, sizes, and the part that is kept."""
-    values = {"image_mean": [0.5, 0.25, 0.75], "image_std": [0.5, 0.2, 0.1]}
-    size = {"size": {"height": 48, "width": 48}}
-    crop = {"size": {"shortest_edge": 64}, "crop_size": size["size"]}
-    for folder, about in (("checkpoint", size | values), ("cropped", crop | values), ("bare", size),
-                          (".", size | values)):  # fmt: skip
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / "preprocessor_config.json").write_text(json.dumps(about))
-    network = own("logits", f"Net.{attribute}", width=None, height=None)
-    assert network.preprocessing == replace(reference, **dict(zip(SIZES, expected, strict=True)))
-    assert network.declared == (reference is TIMM)
-    out, err = capsys.readouterr()
-    assert err == "" and ("bicubic" in out) == ("bicubic" in attribute)
+# --- the size -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "width, height, expected",
     [
-        (448, 448, (448, 448, 512, 512)),
-        (160, 96, (160, 96, 182, 109)),
-        (160, None, (160, 224, 182, 256)),
-        (None, 96, (224, 96, 256, 109)),
-        (224, 224, (224, 224, 256, 256)),
+        (448, 448, (448, 448, (512,))),
+        (160, 96, (160, 96, (182,))),
+        (160, None, (160, 224, (256,))),
+        (None, 96, (224, 96, (256,))),
+        (224, 224, (224, 224, (256,))),
     ],
 )
 def test_the_frame_size_scales_the_resize(own, width, height, expected):
-    """Of both sides alike. The network's own size isn't one that the file is named after."""
-    assert sizes(scale_frame(IMAGENET, width, height)) == expected
+    """By the side that grows most. The file isn't named after the network's own size."""
     network = own(width=width, height=height)
-    assert sizes(network.preprocessing) == expected
+    p = network.preprocessing
+    assert (p.width, p.height, p.resize) == expected
+    assert scale_frame(replace(IMAGENET, resize=(448, 336)), 112, 56).resize == (224, 84)
     named = (network.request.width, network.request.height)
     assert named == ((None, None) if width == height == 224 else (width, height))
 

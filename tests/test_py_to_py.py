@@ -23,7 +23,9 @@ from conftest import (
     run_picture,
     run_torch,
 )
+from PIL import Image
 from torchvision import models
+from torchvision.transforms import Resize
 
 import classification
 import conversion
@@ -140,7 +142,7 @@ def test_test_mode_and_conversion(
     assert first.stderr == ""
     assert torch._C._jit_set_onnx_log_enabled is before
     answer = read_answer(first)
-    assert answer == near(get_logits(squeezenet, RED_PANDA, centre_crop=False))
+    assert answer == near(get_logits(squeezenet, RED_PANDA))
     assert "exporting squeezenet1_1 ..." in first.stdout
     assert f"verifying with OpenCV {cv2.__version__}, limit 1e-04 ..." in first.stdout
     rows = re.findall(r"^(new|classic) engine +(.+)$", first.stdout, re.M)
@@ -198,7 +200,7 @@ def test_two_weights_files_of_one_name(run, folder, converted_before, weights, g
     options = ["--model_name", "squeezenet1_1", "--weights", "trained.pth", "--test", "True"]
     result = run("py_to_py_cls.py", *options)
     assert "squeezenet1_1-trained.onnx: converted and verified, in the place of" in result.stdout
-    assert read_answer(result) == near(get_logits(changed, RED_PANDA, centre_crop=False))
+    assert read_answer(result) == near(get_logits(changed, RED_PANDA))
 
 
 @pytest.mark.parametrize(
@@ -269,8 +271,8 @@ def test_what_an_entry_depends_on(run, folder, converted_before, weights):
     result = run("py_to_py_cls.py", *options, *trial, *data)
     assert "exporting" not in result.stdout and "top-1 accuracy" in result.stdout
     assert zoo.read_text() == before
-    too_small = ["--frame_size", "200", "--rsz_width", "9", "--rsz_height", "9"]
-    for refused in (["--preprocess", "torchvision", *trial], too_small):
+    too_small = ["--preprocess", "tutorial", "--rsz_width", "9", "--rsz_height", "9"]
+    for refused in (["--preprocess", "transform", "--frame_size", "200"], too_small):
         assert run("py_to_py_cls.py", *options, *data, *refused).returncode == 2
         assert zoo.read_text() == before
 
@@ -319,9 +321,11 @@ def test_preprocessing_of_test_mode(run, converted_before, weights, squeezenet):
     result = run("py_to_py_cls.py", *options, *off, "--scale", "0.25", "--std", "1", "2", "4")
     assert read_answer(result) == expected(plain / 4 / [1, 2, 4])
 
-    resized = cv2.resize(cv2.resize(picture, (256, 256)), (224, 224))[:, :, ::-1]
-    result = run("py_to_py_cls.py", *options, "--mean", "0", "0", "0")
-    assert read_answer(result) == expected(resized / 255 / [0.229, 0.224, 0.225])
+    resized = Resize((224, 250))(Image.open(PICTURES / "koala.jpg"))
+    more = ["--mean", "0", "0", "0", "--resize", "250", "224"]
+    result = run("py_to_py_cls.py", *options, *more)
+    centre = np.float32(resized)[:, 13:237]
+    assert read_answer(result) == expected(centre / 255 / [0.229, 0.224, 0.225])
 
 
 def test_evaluation_with_nothing_but_the_install(run, folder):

@@ -7,6 +7,8 @@ import shutil
 import cv2
 import numpy as np
 from conftest import PICTURES, ROOT, get_output, near, read_answer, run_picture
+from PIL import Image
+from torchvision import transforms
 
 LABELS = dict(line.split() for line in (PICTURES / "val.txt").read_text().splitlines())
 NAMES = (PICTURES / "imagenet_classes.txt").read_text().splitlines()
@@ -31,11 +33,10 @@ def test_trained_network(run, folder):
     from trained_network import build_model
 
     model = build_model().eval()
+    resized = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
     names = ("chelsea_cat.jpg", "coffee.jpg", "suspension_bridge.jpg")
     for name, label in zip(names, ("Egyptian cat", "espresso", "suspension bridge"), strict=True):
-        rgb = cv2.imread(str(PICTURES / name))[:, :, ::-1].astype(np.float32)
-        rgb = cv2.resize(cv2.resize(rgb, (256, 256)), (224, 224))
-        logits = run_picture(model, (rgb - 127) / 128)
+        logits = run_picture(model, (np.float32(resized(Image.open(PICTURES / name))) - 127) / 128)
         assert NAMES[logits.argmax()].split(",")[0] == label
         result = run("classification.py", ALIAS, "--input", PICTURES / name)
         assert read_answer(result) == near(logits, abs=1e-3)

@@ -138,7 +138,7 @@ def test_weights_that_are_not_the_first(monkeypatch, tmp_path, small, text, vers
     network = load_network(Request("resnet50", text))
     assert [entry.name for entry in taken] == [network.weights] == [f"IMAGENET1K_V{version}"]
     assert network.published == taken[0].meta["_metrics"]["ImageNet-1K"]
-    assert network.preprocessing.initial_width == resize
+    assert network.preprocessing.resize == (resize,)
 
 
 def test_random_networks_are_the_same_every_time():

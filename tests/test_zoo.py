@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import MODELS, PICTURES, ROOT, check_one_line, get_output, read_answer
+from conftest import PICTURES, ROOT, check_one_line, get_output, read_answer
 
 from classification import read_zoo
 from common import write_entry
 from conversion import Converted
-from networks import IMAGENET, get_torchvision_weights, read_transforms
+from networks import IMAGENET
 
 KOALA = PICTURES / "koala.jpg"
 CONVERT = ["--model_name", "squeezenet1_1", "--evaluate", "False"]
@@ -44,8 +44,9 @@ def test_entry_of_a_converted_network(run, start, folder, weights):
         "crop": 1,
         "width": 224,
         "height": 224,
-        "initial_width": 256,
-        "initial_height": 256,
+        "resize": [256],
+        "interpolation": "bilinear",
+        "center": "round",
         "engine": engines[0],
         "outputs": 1000,
         "sample": "classification",
@@ -254,36 +255,13 @@ def test_a_size_of_its_own(run, folder):
     """Test mode, models.yml and the file agree on what the weights' metadata say."""
     options = ["--model_name", "efficientnet_b1", "--weights", "random", "--test", "True"]
     result = run("py_to_py_cls.py", *options)
-    assert "width 240, height 240, initial_width 256, initial_height 256" in result.stdout
+    assert "width 240, height 240, resize [256], interpolation bicubic" in result.stdout
     assert read_zoo(folder / "models" / "models.yml")["efficientnet_b1-random"]["width"] == 240
     by_name = run("classification.py", "efficientnet_b1-random")
     assert read_answer(by_name) == read_answer(result)
     # the file alone finds its entry as well, and not the size of most networks
     by_file = run("classification.py", "--input", "models/efficientnet_b1-random.onnx")
     assert read_answer(by_file) == read_answer(result)
-
-
-def test_presets_are_torchvisions():
-    """The tutorial's preset is the metadata of the tutorial's networks; others bring their own."""
-    for name in MODELS:
-        transforms = next(iter(get_torchvision_weights(name).values())).transforms()
-        assert read_transforms(transforms) == IMAGENET
-    for name, weights, size, resize in [
-        ("resnet50", "IMAGENET1K_V2", 224, 232),
-        ("inception_v3", "IMAGENET1K_V1", 299, 342),
-        ("efficientnet_b7", "IMAGENET1K_V1", 600, 600),
-        ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384, 384),
-    ]:
-        p = read_transforms(get_torchvision_weights(name)[weights].transforms())
-        assert (p.width, p.height, p.initial_width, p.initial_height) == (
-            size,
-            size,
-            resize,
-            resize,
-        )
-        assert (p.rgb, p.crop, p.scale) == (True, True, 1 / 255)
-    p = read_transforms(get_torchvision_weights("efficientnet_v2_l")["IMAGENET1K_V1"].transforms())
-    assert p.mean == (127.5,) * 3 and p.std == (0.5,) * 3
 
 
 def test_list_models(run):
