@@ -184,10 +184,9 @@ def get_parser():
     add = parser.add_argument_group("size, as PyTorch's pipelines make it").add_argument
     size = {"type": positive_int, "metavar": "PX"}
     add("--resize", **size, nargs="+", help="the shorter side, or width and height [no resize]")
-    choices = {"choices": INTERPOLATIONS, "default": "bilinear"}
-    add("--interpolation", **choices, help="Pillow's, torch's nearest-exact, or cv2's [bilinear]")
-    text = "then cut out the centre: rounded as by torchvision, or floor, as by transformers; "
-    text += "first: cut in the blob's proportions, then resize [round]"
+    text = "Pillow's, torch's nearest-exact, or cv2's [bilinear]"
+    add("--interpolation", choices=INTERPOLATIONS, default="bilinear", help=text)
+    text = "where to cut: torchvision's round, transformers' floor, or before the resize [round]"
     add("--center", choices=CENTERS, default="round", help=text)
     add = parser.add_argument_group("preprocessing, of blobFromImage").add_argument
     add("--scale", type=non_zero, metavar="V", help="multiply by this, after the mean [1.0]")
@@ -223,12 +222,11 @@ def get_args():
     for values, where in ((vars(args), ""), (entry, f"{zoo}: {name}: ")):
         if (values.get("initial_width") is None) != (values.get("initial_height") is None):
             raise RequestError(f"{where}--initial_width and --initial_height go together")
-    assumed = {} if entry or given & {"scale", "mean", "std"} else TORCHVISION
+    values = entry or ({} if given & {"scale", "mean", "std"} else TORCHVISION)
     unwanted = PILLOWS if given & {*BLOBS} else ()
-    parser.set_defaults(**{k: v for k, v in assumed.items() if k not in unwanted})
     options = [""]  # NAME's place, which the fourth number of a mean would take
-    for key, value in sorted(entry.items()):  # labels win over classes
-        if key in unwanted:
+    for key, value in sorted(values.items()):  # labels win over classes
+        if key in unwanted or value is None:
             continue
         if key in ("mean", "std", "resize") and isinstance(value, list):
             # argparse would take -1e-05 for an option, but nothing that begins with a space
@@ -262,8 +260,7 @@ def scale_resize(resize, before, after):
     """--resize for a blob of another size; before, after: (width, height), px."""
     if len(resize) == 2:
         return [side * new // old for side, old, new in zip(resize, before, after, strict=True)]
-    new, old = max(zip(after, before, strict=True), key=lambda sides: sides[0] / sides[1])
-    return [resize[0] * new // old]
+    return [max(resize[0] * new // old for old, new in zip(before, after, strict=True))]
 
 
 def check_preprocessing(p, given=()):
@@ -276,8 +273,8 @@ def check_preprocessing(p, given=()):
         raise RequestError("--interpolation and --center are options of --resize: give it, too")
     if 0 < max(map(abs, p.mean)) <= 1 and abs(p.scale) < 0.1:
         times_255 = " ".join(f"{255 * value:g}" for value in p.mean)
-        problem = f"a mean of {' '.join(map(str, p.mean))} is of pixels from 0 to 1, but it is"
-        problem += f" subtracted from 0 to 255, before the scale: give --mean {times_255}"
+        problem = "the mean is of pixels from 0 to 1, but it is subtracted from 0 to 255, before"
+        problem += f" the scale: give --mean {times_255}"
         if "mean" in given:
             raise RequestError(problem)
         print(f"NOTE: {problem}", file=sys.stderr)
@@ -437,13 +434,10 @@ def get_blob(picture, p):
     options; p.std and p.resize may be empty. Without p.resize, blobFromImage's crop scales the
     shorter side of the picture to the blob, so nothing is cut off a square picture.
     """
-    if p.resize:
-        picture = get_centre(picture, p).astype(np.float32)
-    else:
-        # float before the resize: rounding to uint8 after it would shift the logits by about 0.01
-        picture = picture.astype(np.float32)
-        if p.initial_width:
-            picture = cv2.resize(picture, (p.initial_width, p.initial_height))
+    # float before cv2's resize: rounding to uint8 after it would shift the logits by about 0.01
+    picture = (get_centre(picture, p) if p.resize else picture).astype(np.float32)
+    if p.initial_width and not p.resize:
+        picture = cv2.resize(picture, (p.initial_width, p.initial_height))
     # the mean is in RGB order if swapRB is set: OpenCV swaps it as well
     blob = cv2.dnn.blobFromImage(picture, p.scale, (p.width, p.height), p.mean, p.rgb, p.crop)
     return blob / np.float32(p.std).reshape(1, 3, 1, 1) if p.std else blob
@@ -452,8 +446,7 @@ def get_blob(picture, p):
 def get_centre(picture, p):
     """uint8 (p.height, p.width, 3): the picture resized to p.resize, then its centre cut out.
 
-    The pixels are Pillow 13's and torchvision's (CenterCrop pads what is too small with zeros).
-    Only those rows and columns are computed that are kept.
+    The pixels are Pillow 13's and torchvision's; only those are computed that are kept.
     """
     height, width = picture.shape[:2]
     if p.center == "first":
@@ -466,25 +459,24 @@ def get_centre(picture, p):
     if how in CV2S:  # the whole picture; what follows only cuts
         picture = cv2.resize(picture, new, interpolation=CV2S[how])
         (width, height), how = new, "nearest"
-    columns, across, left = get_taps(width, new[0], p.width, how, p.center)
-    rows, down, top = get_taps(height, new[1], p.height, how, p.center)
+    columns, *across = get_taps(width, new[0], p.width, how, p.center)
+    rows, *down = get_taps(height, new[1], p.height, how, p.center)
+    picture = np.ascontiguousarray(picture[rows, columns])
     # since Pillow 13; in older ones the horizontal pass always comes first
     vertical_first = height - new[1] > max(0, 2 * (width - new[0]))
-    picture = np.ascontiguousarray(picture[rows, columns])
     picture = resample(picture, *down) if vertical_first else picture
     picture = cv2.transpose(resample(cv2.transpose(picture), *across))
     picture = picture if vertical_first else resample(picture, *down)
-    centre = np.zeros((p.height, p.width, 3), np.uint8)
-    centre[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return centre
+    y, x = p.height - picture.shape[0], p.width - picture.shape[1]  # what is too small is padded
+    return cv2.copyMakeBorder(picture, y // 2, y - y // 2, x // 2, x - x // 2, cv2.BORDER_CONSTANT)
 
 
 @functools.lru_cache  # for the frames of a video
 def get_taps(old, new, wanted, interpolation, center):
     """How `old` pixels become the middle `wanted` ones of `new`, as Pillow computes them.
 
-    (slice of the old pixels that are needed, (indices into them (taps, pixels), their int32 weights
-    (taps, pixels, 1)), where the first new pixel goes). A weight of 1 is 2**22.
+    (slice of the old pixels that are needed, indices into them (taps, pixels), their int32 weights
+    (taps, pixels, 1)). A weight of 1 is 2**22.
     """
     half = (new - wanted) / 2
     first = max(0, int(half) if center == "floor" else round(half))
@@ -507,7 +499,7 @@ def get_taps(old, new, wanted, interpolation, center):
     index = np.minimum(index, old - 1)
     needed = slice(index.min(), index.max() + 1)
     weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights)).astype(np.int32)
-    return needed, (index - needed.start, weights[..., None]), max(0, (wanted - new) // 2)
+    return needed, index - needed.start, weights[..., None]
 
 
 def resample(picture, index, weights):

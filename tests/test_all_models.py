@@ -117,15 +117,13 @@ sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
-MEAN = ["--mean", "123.675", "116.28", "103.53"]
 STD = ["--std", "0.229", "0.224", "0.225"]
-SIZE = ["--initial_width", "256", "--initial_height", "256", "--crop", "True"]
-PIXELS = ["--scale", str(1 / 255), *MEAN, *STD, "--rgb", "True"]
-# package: the options for OpenCV's sample, for ours to do the same, and how far the logits may be
-# apart: theirs rounds a picture that it resizes first to whole numbers
+CROP = ["--crop", "True"]  # OpenCV's samples don't know the entry's `resize`
+# package: the options for OpenCV's sample, and how far the logits may be apart: 4.10's rounds
+# pixels to whole numbers
 SAMPLES = {
-    "opencv-python-headless==5.0.*": ([], PIXELS, 0.006),
-    "opencv-python-headless==4.10.*": ([*STD, *SIZE], SIZE, 0.03),
+    "opencv-python-headless==5.0.*": ([], 0.006),
+    "opencv-python-headless==4.10.*": ([*STD, *CROP], 0.03),
 }
 
 
@@ -164,7 +162,7 @@ def test_opencvs_sample(convert, install, execute, download_samples, koala, pack
     It runs in the entries' folder, for the files that they name.
     """
     python, sample = install(package), download_samples(package) / "classification.py"
-    theirs, ours, tolerance = SAMPLES[package]
+    theirs, tolerance = SAMPLES[package]
     for name in MODELS:
         path, _ = convert(name)
         command = [python, "-c", WITHOUT_WINDOWS, sample, path.stem, "--zoo", "models.yml"]
@@ -173,12 +171,8 @@ def test_opencvs_sample(convert, install, execute, download_samples, koala, pack
         shown = [(float(logit), label) for label, _, logit in shown if not logit.endswith(" ms")]
         logit, label = max(shown)
 
-        command = [python, ROOT / "classification.py", "--top_k", "5", *ours, "--input", koala]
-        if "--scale" in ours:  # the file without its entry
-            shutil.copy(path, koala.with_name("net.onnx"))
-            command += ["net.onnx", "--classes", PICTURES / "imagenet_classes.txt"]
-        else:
-            command += ["--zoo", path.with_name("models.yml"), "--", path.stem]
+        command = [python, ROOT / "classification.py", "--top_k", "5", *CROP, "--input", koala]
+        command += ["--zoo", path.with_name("models.yml"), "--", path.stem]
         output = get_output(execute(*command))
         labels = re.findall("label: (.*)$", output, re.M)
         logits = [float(c) for c in re.findall("confidence: (.*)$", output, re.M)]
