@@ -221,9 +221,8 @@ def load_own(request, transform=None, test_picture=None):
         model, weights = build_own(request.name), request.weights.lower() or "own"
     if weights == "own":
         print(f"{request.name}: using the weights the function returns it with")
-    title, size, measured = request.transform, get_own_size(model), None
-    if request.width and request.height:
-        size = request.width, request.height
+    title, own_size, measured = request.transform, get_own_size(model), None
+    size = (request.width, request.height) if request.width and request.height else own_size
     if not transform:
         transform, title = find_transform(request.name, model)
     if transform:
@@ -235,7 +234,7 @@ def load_own(request, transform=None, test_picture=None):
             test_picture,
             partial(takes_grey, model),
         )
-    p = measured.preprocessing if measured else scale_frame(IMAGENET, *size or (None, None))
+    p = measured.preprocessing if measured else scale_frame(IMAGENET, *own_size or (None, None))
     network = Network(request, Path(weights).name, model, p, measured is not None, transform, title)
     if measured:
         add_grey(network, measured.mix)
@@ -255,6 +254,9 @@ def takes_grey(model, width, height):
     """Whether a network's forward fails with three channels, and works with one."""
     import torch
 
+    inputs = {m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
+    if 3 in inputs and 1 not in inputs:
+        return False  # without a pass: timm's LeViT, for one, would keep what it computes
     for channels in (3, 1):
         batch = torch.zeros(1, channels, height, width, dtype=get_dtype(model))
         try:

@@ -147,18 +147,18 @@ def test_own_architecture(run, folder):
     assert read_answer(result) == near(2 * logits)
 
 
-WIDE = {"input_size": (3, 32, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.8}
+WIDE = "Net.config = types.SimpleNamespace(image_size=(32, 48))"
 
 
 @pytest.mark.parametrize(
     "more, size, name",
     [
-        (f"Net.pretrained_cfg = {WIDE}", "", "my_module-build"),
+        (WIDE, "", "my_module-build"),
         ("", "--frame_width 48 --frame_height 32", "my_module-build-48-32"),
     ],
 )
 def test_evaluation_of_pictures_that_are_not_square(run, folder, more, size, name):
-    """48 px wide and 32 px high, as timm's pretrained_cfg or the options say it."""
+    """48 px wide and 32 px high, as transformers' config or the options say it."""
     write(folder / "my_module.py", more=more)
     labels = folder / "labels.txt"
     labels.write_text("".join(f"{picture.name} 0\n" for picture in sorted(PICTURES.glob("*.jpg"))))

@@ -1,5 +1,6 @@
 """Pictures prepared as PyTorch's pipelines prepare them, and what a transform is measured to do."""
 
+import sys
 from types import SimpleNamespace
 
 import cv2
@@ -12,6 +13,7 @@ from torchvision import transforms as T
 from torchvision.transforms import v2
 
 from classification import get_blob, get_centre
+from networks import Request, load_network
 from preprocessing import measure
 
 KOALA = PICTURES / "koala.jpg"
@@ -237,6 +239,66 @@ def test_your_transform(run, folder, options, expected):
     assert read_answer(result) == near(
         run_torch(model, batch)[0], abs=0.01 if "grey" in network else 1e-4
     )
+
+
+LIBRARIES = """
+import sys, types
+from torchvision import transforms as T
+
+def make(size, resize, mode="bicubic"):
+    mode = T.InterpolationMode(mode)
+    steps = T.Resize(resize, mode), T.CenterCrop(size), T.ToTensor(), T.Normalize([0.5], [0.5])
+    return T.Compose(steps)
+
+def resolve_model_data_config(model):
+    return {"input_size": model.pretrained_cfg["input_size"]}
+
+def create_transform(input_size):
+    return make(input_size[1:], 2 * input_size[1])
+
+class AutoImageProcessor:
+    def from_pretrained(folder):
+        assert folder == "checkpoint"
+        transform = make(24, (30, 30), "bilinear")
+        return lambda picture: {"pixel_values": [transform(picture)]}
+
+def load(**names):
+    for name in ("timm", "timm.data", "transformers"):
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(globals())
+load()
+"""
+
+
+@pytest.mark.parametrize(
+    "attributes, expected",
+    [
+        ("pretrained_cfg = {'input_size': (3, 32, 40)}", (40, 32, (64,), "bicubic")),
+        # create_model(img_size=...) changes this, but not pretrained_cfg
+        ("pretrained_cfg = {'input_size': (3, 32, 40)}; patch_embed = types.SimpleNamespace("
+         "img_size=(16, 16))", (16, 16, (32,), "bicubic")),
+        ("config = types.SimpleNamespace(_name_or_path='checkpoint')",
+         (24, 24, (30, 30), "bilinear")),
+        ("config = types.SimpleNamespace(_name_or_path='other', image_size=48)",
+         (48, 48, (54,), "bilinear")),
+    ],
+)  # fmt: skip
+def test_the_transform_of_a_library(folder, monkeypatch, capsys, attributes, expected):
+    """timm's create_transform, transformers' image processor; else ImageNet's, and that is said."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("timm", "timm.data", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "carrying", raising=False)
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "preprocessor_config.json").write_text("{}")
+    text = f"{MINE}\n{LIBRARIES}\nclass Carrier(Net):\n    {attributes}\n"
+    (folder / "carrying.py").write_text(text)
+    network = load_network(Request("carrying:Carrier"))
+    p = network.preprocessing
+    assert (p.width, p.height, p.resize, p.interpolation) == expected
+    assert network.declared == ("other" not in attributes) == bool(network.transform)
+    assert ("the same pixels as" in capsys.readouterr().out) == network.declared
 
 
 @pytest.mark.parametrize(
