@@ -146,9 +146,9 @@ def measure_colours(transform):
     if np.abs(errors).max() > limit:
         reason = "it changes brightness or colours, or normalizes each picture by itself"
         raise ValueError(f"grey and white aren't what red, green and blue say: {reason}")
-    if np.ptp(get_flat(255, 255, 255, width=3000, height=2000), axis=(1, 2)).max() > limit:
-        raise ValueError("it pads pictures that aren't square, as Resize with a max_size does")
     if np.ptp(get_flat(255, 255, 255, width=30, height=20), axis=(1, 2)).max() > limit:
+        if np.ptp(get_flat(255, 255, 255, width=3000, height=2000), axis=(1, 2)).max() > limit:
+            raise ValueError("it pads pictures that aren't square, as Resize with a max_size does")
         raise ValueError("it cuts a piece out of the picture without resizing it first")
 
     gain = colours.mean(axis=(2, 3), dtype=np.float64).T / 255  # (its channels, R G B)
