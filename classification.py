@@ -65,7 +65,13 @@ CENTERS = ("round", "floor", "first")
 RANDOM, RANDOM_SUFFIX = "random", "-random"  # an entry's `weights`; the end of a file's name
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+# What OpenCV's wheels read as 8 bits, 4.10 without .avif and .gif. Not .exr, which they leave out,
+# nor .pfm, whose values from 0 to 1 they would round.
+PICTURES = (
+    ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".hdr", ".j2c", ".j2k", ".jfif", ".jp2",
+    ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pam", ".pbm", ".pgm", ".pic", ".png",
+    ".pnm", ".ppm", ".pxm", ".ras", ".sr", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".webm")
 SAVED_PICTURES = (".png", ".jpg", ".jpeg")  # of results
 SAVED_VIDEOS = {".mp4": "mp4v", ".avi": "MJPG"}  # and their codecs
