@@ -139,6 +139,101 @@ def test_no_input_is_overwritten(classify, folder):
     assert (folder / "koala.jpg").read_bytes() == KOALA.read_bytes()
 
 
+# --- results ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(folder):
+    """The folder "small", which is on a disk of 120 KB."""
+    (folder / "small").mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", folder / "small"]
+    if not shutil.which("mount") or subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder / "small"
+    subprocess.run(["umount", folder / "small"], check=True)
+
+
+@pytest.mark.parametrize("suffix", ["avi", "mp4"])
+def test_a_video_on_a_full_disk(start, model, folder, small_disk, suffix):
+    """An older result stays, and nothing is said to be saved; cv2.VideoWriter says nothing."""
+    write_video(folder / "in.avi", 60)
+    older = small_disk / f"a.{suffix}"
+    older.write_bytes(b"older")
+    for cut in (1, 0.7):  # also if the input breaks off
+        data = (folder / "in.avi").read_bytes()
+        (folder / "in.avi").write_bytes(data[: int(cut * len(data))])
+        result = start("classification.py", "--input", model, "in.avi", "--output", older)
+        check_one_line(result, f"a.{suffix}: can't be written whole", "disk full", code=1)
+        assert "saved" not in result.stdout
+        assert [(p.name, p.read_bytes()) for p in small_disk.iterdir()] == [(older.name, b"older")]
+
+
+def test_pictures_on_a_full_disk(classify, folder, small_disk):
+    """No half file; the message names the result; smaller pictures after it are saved."""
+    (small_disk / "older_small.png").write_bytes(b"older")
+    noise = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
+    for name in ("a_large", "older"):
+        cv2.imwrite(str(folder / f"{name}.png"), noise)
+    cv2.imwrite(str(folder / "z_little.png"), np.zeros((480, 640, 3), np.uint8))
+    result = classify("a_large.png", "older.png", "z_little.png", "--output", "small")
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and result.stdout.count("class ID") == 3
+    for name, line in zip(("a_large", "older"), lines, strict=True):
+        assert f"small/{name}_small.png: can't be written: No space" in line
+    assert re.findall("saved: (.*)", result.stdout) == ["small/z_little_small.png"]
+    assert {p.name for p in small_disk.iterdir()} == {"older_small.png", "z_little_small.png"}
+    assert (small_disk / "older_small.png").read_bytes() == b"older"
+    check_one_line(classify("a_large.png", "--output", "small"), "a_large_small.png")
+
+
+def test_a_result_that_cannot_be_written_is_one_of_several(classify, folder):
+    """A folder has its name: the others go on; 2 if there are no others."""
+    (folder / "results" / "koala_small.jpg").mkdir(parents=True)
+    result = classify(KOALA, PICTURES / "bison.jpg")
+    check_one_line(result, "results/koala_small.jpg: can't be written: Is a directory", code=1)
+    assert re.findall("saved: (.*)", result.stdout) == ["results/bison_small.jpg"]
+    check_one_line(classify(KOALA), "koala_small.jpg")
+    assert {p.name for p in (folder / "results").iterdir()} == {
+        "koala_small.jpg",
+        "bison_small.jpg",
+    }
+
+
+def test_a_name_that_gets_too_long(run, folder, model):
+    """75 Chinese letters are 225 bytes; with the model's name, more than file systems take."""
+    shutil.copy(model, folder / "a_model_whose_name_is_long.onnx")
+    for name in ("猫" * 75, "猫" * 74 + "狗"):
+        shutil.copy(KOALA, folder / f"{name}.jpg")
+    output = get_output(run("classification.py", "--input", "a_model_whose_name_is_long.onnx", "."))
+    saved = re.findall(r"saved: results/(.*)", output)
+    assert len(set(saved)) == 2 == len(list((folder / "results").iterdir()))
+    for name in saved:
+        assert re.fullmatch("猫{60,75}_a_model_whose_name_is_long(_2)?.jpg", name)
+
+
+def test_no_results(classify, folder):
+    write_video(folder / "in.avi", 2)
+    output = get_output(classify(KOALA, "in.avi", "--output", "none"))
+    assert output.count("class ID") >= 2 and "saved" not in output
+    assert [p.name for p in folder.iterdir()] == ["in.avi"]
+    get_output(classify(KOALA, "--output", "2024.05.01/"))
+    assert (folder / "2024.05.01" / "koala_small.jpg").is_file()
+    check_one_line(classify(KOALA, "--output", "2024.05.02"), "a folder a slash at its end")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_names_that_the_terminal_cannot_write(start, model, folder, encoding):
+    (folder / "names.txt").write_text("考拉\n" * 1000, "utf-8")
+    for name in ("猫.jpg", "b.jpg"):
+        shutil.copy(KOALA, folder / name)
+    options = ["--input", model, "猫.jpg", "b.jpg", "nope猫.jpg", "--classes", "names.txt"]
+    result = start("classification.py", *options, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    check_one_line(result, "nope\\u732b.jpg", code=1)
+    assert result.stdout.count("label: \\u8003\\u62c9\n") == 2
+    assert "saved: results/\\u732b_small.jpg" in result.stdout
+    assert {p.name for p in (folder / "results").iterdir()} == {"猫_small.jpg", "b_small.jpg"}
+
+
 def test_alone_in_an_empty_folder(folder, execute, model, small, get_logits):
     """The script, a model and a picture; -I -S would hide cv2, so the imports are looked at."""
     for file in (ROOT / "classification.py", model, KOALA):
@@ -170,6 +265,34 @@ def test_a_file_that_was_changed_is_refused(run, folder, model):
     # OpenCV's own entries have other hashes, googlenet's that of an empty file
     (folder / "models.yml").write_text(f"%YAML 1.0\n---\nnet:\n{entry}")
     get_output(run("classification.py", "net", "--input", KOALA))
+
+
+def test_what_no_picture_can_change_is_said_once(classify, folder):
+    """Names of other classes end the run; empty lines at the end of the file are no names."""
+    (folder / "names.txt").write_text("a name\n" * 1001)
+    result = classify(PICTURES, "--classes", "names.txt")
+    check_one_line(result, "names.txt: 1001 lines, but the network has 1000 outputs")
+    assert "class ID" not in result.stdout
+    (folder / "names.txt").write_text("a name\n" * 1000 + "\n\n \n")
+    assert "label: a name\n" in get_output(classify(KOALA, "--classes", "names.txt"))
+    result = classify(PICTURES, "--classes", "/dev/null")
+    check_one_line(result, "/dev/null: 0 lines, but the network has 1000 outputs")
+
+
+def test_inputs_add_up(classify):
+    output = get_output(classify(KOALA, "--input", PICTURES / "bison.jpg", "--input", KOALA))
+    assert output.count("* class ID") == 3
+
+
+def test_a_model_without_its_entry(classify, run, folder, model):
+    """Renamed, or moved beside others: what is assumed is said."""
+    shutil.copy(model, folder / "new.onnx")
+    entry = 'old:\n  model: "old.onnx"\n  sample: "classification"\n'
+    (folder / "models.yml").write_text(f"%YAML 1.0\n---\n{entry}")
+    result = run("classification.py", "--input", "new.onnx", KOALA)
+    check_one_line(result, "NOTE: models.yml has no entry for new.onnx: assuming", code=0)
+    assert run("classification.py", "old", "--input", KOALA, "new.onnx").stderr == ""
+    assert classify(KOALA).stderr == ""  # there is no models.yml
 
 
 def test_one_bad_picture_of_several(classify, folder):
@@ -252,20 +375,26 @@ def test_a_line_that_is_cut_says_so(monkeypatch):
         ([-1.0, 3.0, 0.0], True, "* confidence: 0.9362\n* probability: 93.6 %\n"),
         ([0.1, 0.7, 0.3], False, "* confidence: 0.7000\n* probability: 45.1 %\n"),
         ([-0.25], False, "x.png:\n* value: -0.2500\n* inference"),
+        ([0.25, 0.5526, 0.3], "sigmoid", "* confidence: 0.5526\n* probability: 55.3 %\n"),
+        ([0.5526], "sigmoid", "x.png:\n* probability: 55.3 %\n* inference"),
+        ([0.1, 0.7, 0.3], "softmax", "* confidence: 0.7000\n* probability: 70.0 %\n"),
     ],
 )
 def test_outputs_of_every_kind(run, folder, outputs, softmax, expected):
-    """Probabilities are taken as they are; a single output has no class."""
+    """Probabilities are taken as they are, and those that an entry says; one has no class."""
     import torch
     from torch import nn
 
     class Constant(nn.Module):
         def forward(self, x):
             out = 0 * x.mean(dim=(1, 2, 3), keepdim=True).flatten(1) + torch.tensor([outputs])
-            return out.softmax(1) if softmax else out
+            return out.softmax(1) if softmax is True else out
 
     torch.onnx.export(Constant(), torch.zeros(1, 3, 8, 8), str(folder / "c.onnx"), dynamo=False)
     cv2.imwrite(str(folder / "x.png"), np.zeros((8, 8, 3), np.uint8))
+    if isinstance(softmax, str):
+        entry = f'c:\n  model: "c.onnx"\n  activation: "{softmax}"\n  sample: "classification"\n'
+        (folder / "models.yml").write_text(f"%YAML 1.0\n---\n{entry}")
     result = run("classification.py", "--input", "c.onnx", "x.png", "--width", 8, "--height", 8)
     assert expected in result.stdout, result.stderr
     assert ("class ID" in result.stdout) == (len(outputs) > 1)
