@@ -3,6 +3,7 @@
 import ctypes
 import ctypes.util
 import hashlib
+import http.server
 import os
 import re
 import runpy
@@ -12,7 +13,9 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -48,10 +51,10 @@ def test_answer_is_pytorchs(classify, small, get_logits, options):
 
 
 def test_engines_agree(classify):
-    auto, new, classic = (
-        read_answer(classify(KOALA, "--engine", engine)) for engine in ("auto", "new", "classic")
-    )
-    assert auto[0] == new[0] and new == (classic[0], pytest.approx(classic[1], abs=1e-4))
+    class_id, confidence = read_answer(classify(KOALA))
+    for engine in classification.ENGINES:
+        answer = read_answer(classify(KOALA, "--engine", engine))
+        assert answer == (class_id, pytest.approx(confidence, abs=1e-4))
 
 
 @pytest.mark.parametrize("said", ["YES (ver 1.25.1)", "NO"])
@@ -451,6 +454,134 @@ def test_a_truncated_video_is_said(start, model, folder, name, keep):
         assert 5 < saved < 20
 
 
+def vary_rate(path):
+    """Take the frames 4 to 19 out of an .avi of 24; as for other containers, its header stays."""
+    data = path.read_bytes()
+    start = data.index(b"movi") + 4
+    place, chunks = start, []
+    while data[place : place + 4] == b"00dc":
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        chunks.append(data[place : place + 8 + size + size % 2])
+        place += len(chunks[-1])
+    assert len(chunks) == 24
+    movi = b"".join(b"00dc\0\0\0\0" if 4 <= n < 20 else chunk for n, chunk in enumerate(chunks))
+    head = data[: start - 8] + (4 + len(movi)).to_bytes(4, "little") + b"movi"
+    path.write_bytes(head[:4] + (len(head + movi) - 8).to_bytes(4, "little") + head[8:] + movi)
+
+
+def test_a_video_of_variable_rate_is_complete(run, model, folder):
+    """It has 8 of the promised 24 frames, and the last one stands at its end."""
+    write_video(folder / "in.avi", 24)
+    vary_rate(folder / "in.avi")
+    capture = cv2.VideoCapture(str(folder / "in.avi"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 24
+    result = run("classification.py", "--input", model, "in.avi")
+    assert (get_output(result).count("saved"), result.stderr) == (1, "")
+    capture = cv2.VideoCapture(str(folder / "results" / "in_small.avi"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 8
+    data = (folder / "in.avi").read_bytes()
+    (folder / "in.avi").write_bytes(data[: len(data) // 2])
+    result = run("classification.py", "--input", model, "in.avi")
+    check_one_line(result, "in.avi: truncated: ", " of 24 frames", code=1)
+
+
+def test_a_video_of_any_name(classify, folder):
+    """What isn't a picture is a video; its name is the result's, in a format that OpenCV writes."""
+    write_video(folder / "in.avi", 6)
+    for name in ("video", "v.ts", "v.jpg"):
+        shutil.copy(folder / "in.avi", folder / name)
+        output = get_output(classify(name))
+        assert f"{name}, frame 1:" in output and re.search(
+            r"saved: results/vi?d?e?o?_small", output
+        )
+    shutil.copy(KOALA, folder / "picture.mp4")
+    assert "saved: results/picture_small.png" in get_output(classify("picture.mp4"))
+    for number in range(3):
+        cv2.imwrite(str(folder / f"img_{number:03d}.png"), cv2.imread(str(KOALA)))
+    assert "img_%03d.png, frame 1:" in get_output(classify("img_%03d.png"))
+    capture = cv2.VideoCapture(str(folder / "results" / "img_%03d_small.mp4"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    check_one_line(classify("no_%03d.png"), "no_%03d.png: truncated, or not a picture or video")
+
+
+@pytest.fixture
+def server(folder, env):
+    """The address of a server of the folder, with a user and a password."""
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    handler.log_message = None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        env["no_proxy"] = "127.0.0.1"
+        yield f"http://me:secret@127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_stream(start, model, folder, server):
+    write_video(folder / "in.avi", 6)
+    url = f"{server}/in.avi?token=a/b#c"
+    result = start("classification.py", "--input", model, url)
+    assert (
+        f"{url}, frame 1:" in get_output(result) and "saved: results/in_small.mp4" in result.stdout
+    )
+    capture = cv2.VideoCapture(str(folder / "results" / "in_small.mp4"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 6
+    result = start("classification.py", "--input", model, f"{server}/nope.avi", KOALA)
+    check_one_line(result, "/nope.avi: truncated, or not a picture or video", code=1)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("rtsp://me:p@ss@cam.org:554/live/one?a=/b&token=c", "one_net.png"),
+        ("rtsp://me:secret@cam/", "cam_net.png"),
+        ("rtspsrc location=rtsp://me:secret@cam/live user-pw=secret ! appsink", "live_net.png"),
+        ("/dev/video0", "video0_net.png"),
+        ("é" * 200, "é" * 116 + "_net.png"),
+    ],
+)
+def test_the_name_of_a_result(name, expected):
+    """Without password and query, and 240 bytes at most."""
+    assert classification.get_result_name(name, "_net.png") == expected
+
+
+def test_the_pictures_of_a_folder(classify, folder):
+    """All suffixes that OpenCV reads, in any case; nothing hidden, no video."""
+    (folder / "in").mkdir()
+    picture = cv2.resize(cv2.imread(str(KOALA)), (80, 60))
+    names = [f"a{suffix}" for suffix in classification.PICTURES]
+    for name in ["B.JPG", *names]:
+        kind = ".jp2" if name in ("a.j2c", "a.j2k", "a.jpc", "a.jpf", "a.jpx") else ".png"
+        real = Path(name).suffix.lower()
+        kind = real if real in (".avif", ".hdr", ".ras", ".tiff", ".webp", ".gif") else kind
+        (folder / "in" / name).write_bytes(cv2.imencode(kind, picture)[1])
+    for name in ("._a.jpg", "a.mp4", "a.txt", "a.exr"):
+        (folder / "in" / name).write_text("no picture")
+    output = get_output(classify("in", "--output", "none"))
+    assert re.findall("^in/(.*):", output, re.M) == sorted(["B.JPG", *names])
+
+
+def test_the_systems_reason_comes_first(run, folder, model):
+    """Also if --output is of the other kind."""
+    shutil.copy(model, folder)
+    for name in ("nope.jpg", "nope.mp4", "nope"):
+        for output in ("a.png", "a.mp4", "results"):
+            result = run("classification.py", "--input", "small.onnx", name, "--output", output)
+            check_one_line(result, f"No such file or directory: '{name}'")
+
+
+def test_a_file_that_may_not_be_read(execute, folder, model):
+    command = [sys.executable, ROOT / "classification.py", "--input", model]
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("root may read everything; setpriv would take that right away")
+        rights = "-dac_override,-dac_read_search"
+        command = ["setpriv", "--bounding-set", rights, "--inh-caps", rights, *command]
+    for name in ("denied.jpg", "denied.mp4"):
+        shutil.copy(KOALA, folder / name)
+        (folder / name).chmod(0)
+        check_one_line(execute(*command, name), f"Permission denied: '{name}'")
+
+
 def test_video_is_annotated_frame_by_frame(run, model, folder):
     frames = write_video(folder / "in.mp4", 6)
     get_output(run("classification.py", "--input", "in.mp4", model))
@@ -617,6 +748,12 @@ def test_space_pauses_a_video(in_window, folder):
     shown.press("q")
     shown.check_end()
     assert not (folder / "results").exists()
+
+
+def test_nothing_is_shown_if_you_say_so(execute, model, display):
+    command = [sys.executable, ROOT / "classification.py", "--input", model, PICTURES]
+    output = get_output(execute(*command, "--show", "False", DISPLAY=display))
+    assert output.count("saved") == 12 and "keys in the window" not in output
 
 
 def test_ctrl_c_with_a_window(in_window):
