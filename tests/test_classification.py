@@ -16,6 +16,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -26,6 +27,8 @@ import classification
 
 KOALA = PICTURES / "koala.jpg"
 LABELS = (PICTURES / "imagenet_classes.txt").read_text().splitlines()
+CPP = classification.TORCHVISION | {"initial_width": 256, "initial_height": 256}  # of README
+CPP |= {"crop": True, "resize": ()}
 TORCHVISION = "--scale 0.00392156862745098 --mean 123.675 116.28 103.53 --std 0.229 0.224 0.225"
 TORCHVISION += " --rgb --resize 256"
 
@@ -140,6 +143,27 @@ def test_no_input_is_overwritten(classify, folder):
     assert saved == ["koala_1.jpg", "koala_2.jpg"]
     assert sorted(p.name for p in folder.iterdir()) == ["koala.jpg", *saved]
     assert (folder / "koala.jpg").read_bytes() == KOALA.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_readmes_cpp(folder, execute, model):
+    """It compiles against the system's OpenCV, and gives our answer to all pictures."""
+    include = Path("/usr/include/opencv4")
+    if not (shutil.which("g++") and include.is_dir()):
+        pytest.skip("needs g++ and libopencv-dev")
+    text = (ROOT / "README.md").read_text()
+    (folder / "cls.cpp").write_text(re.search(r"^```cpp\n(.*?)^```$", text, re.M | re.S)[1])
+    libraries = [f"-lopencv_{name}" for name in ("dnn", "imgcodecs", "imgproc", "core")]
+    get_output(execute("g++", "cls.cpp", "-o", "cls", f"-I{include}", *libraries))
+    net, how = cv2.dnn.readNet(str(model)), SimpleNamespace(**CPP)
+    pictures = sorted(PICTURES.glob("*.jpg"))
+    assert len(pictures) == 12
+    for path in pictures:
+        net.setInput(classification.get_blob(classification.read_picture(path), how))
+        logits = net.forward()[0]
+        output = get_output(execute(folder / "cls", model, path))
+        class_id, confidence = re.fullmatch(r"class ID: (\d+), confidence: (.*)\n", output).groups()
+        assert (int(class_id), float(confidence)) == near(logits, abs=1e-5)
 
 
 # --- results ------------------------------------------------------------------------------
