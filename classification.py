@@ -138,10 +138,9 @@ def get_constants(prefix, **names):
     return {names.get(end, end.lower()): getattr(cv2.dnn, prefix + end) for end in ends[::-1]}
 
 
-# What this build of OpenCV has, by the names of its samples. OpenCV 4's one engine has none; 5.0.0
-# has new and classic, of which auto takes one, and the next release will have no classic.
+# What this build of OpenCV has, by the names of its samples. OpenCV 4's one engine has none.
 ENGINES = get_constants("ENGINE_")
-ENGINES.pop("auto", None)
+ENGINES.pop("auto", None)  # which takes one of the others
 BACKENDS = get_constants("DNN_BACKEND_", INFERENCE_ENGINE="openvino")
 TARGETS = get_constants("DNN_TARGET_", MYRIAD="ncs2_vpu", HDDL="hddl_vpu")
 # OpenCV 5.0.0 names ENGINE_ORT in every build; without ONNX Runtime it warns and takes auto
@@ -430,9 +429,8 @@ def read_frames(name, kind):
         ms = capture.get(cv2.CAP_PROP_POS_MSEC)  # after the last frame it would be 0
         yield f"{name}, frame {number}", got[1], rate if 0 < rate <= 1000 else 25
     if not number:
-        if kind == "camera":
-            raise InputError(f"camera {name}: not there, or in use")
-        raise InputError(f"{name}: truncated, or not a picture or video that OpenCV can read")
+        problem = "truncated, or not a picture or video that OpenCV can read"
+        raise InputError(f"camera {name}: not there?" if kind == "camera" else f"{name}: {problem}")
     # promised is duration x rate in some files, too many if the rate varies; below 0 in streams
     if number < 0.95 * promised and ms * rate < 950 * promised:
         raise InputError(f"{name}: truncated: {number} of {promised:.0f} frames can be read")
@@ -678,10 +676,9 @@ def get_result_name(name, end):
 
 
 def save(frames, path):
-    """Yield each (picture, rate) once it is written: a picture to `path`, or a frame of a video.
+    """Yield each (picture, rate) once it is written to `path`, as a picture or a frame of a video.
 
-    The file takes shape beside `path`, hidden; it replaces an older one when it is whole. Ctrl-C or
-    a truncated input ends a video, but doesn't discard it.
+    The file takes shape beside `path`, hidden; it replaces an older one when it is whole.
     """
     part, writer, number = path.with_name(f".{os.getpid()}{path.suffix}"), None, 0
     try:
@@ -703,7 +700,7 @@ def save(frames, path):
                 os.replace(part, path)
                 print(f"* saved: {path}", flush=True)
             yield picture, rate
-    finally:
+    finally:  # also after Ctrl-C, or if the input breaks off
         try:
             if number:
                 writer.release()  # isOpened stays true on a full disk, but the count is exact
