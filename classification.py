@@ -18,6 +18,7 @@ EXIF says, Pillow doesn't by itself. --crop and --initial_* are OpenCV's.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import os
@@ -65,8 +66,13 @@ CENTERS = ("round", "floor", "first")
 RANDOM, RANDOM_SUFFIX = "random", "-random"  # an entry's `weights`; the end of a file's name
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".webm")
+# What OpenCV's wheels read as 8 bits, 4.10 without .avif and .gif. Not .exr, which they leave out,
+# nor .pfm, whose values from 0 to 1 they would round.
+PICTURES = (
+    ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".hdr", ".j2c", ".j2k", ".jfif", ".jp2",
+    ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pam", ".pbm", ".pgm", ".pic", ".png",
+    ".pnm", ".ppm", ".pxm", ".ras", ".sr", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 SAVED_PICTURES = (".png", ".jpg", ".jpeg")  # of results
 SAVED_VIDEOS = {".mp4": "mp4v", ".avi": "MJPG"}  # and their codecs
 
@@ -83,12 +89,18 @@ class RequestError(Exception):
     exit_code = 2
 
 
+class InputError(RequestError):
+    """One of several inputs can't be read, or its result not written; the others go on."""
+
+
 def run(main):
     """Call `main` and exit with its code. An error is one line on stderr."""
     if "OPENCV_LOG_LEVEL" not in os.environ:  # OpenCV's own log of errors that are reported below
         set_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4.10, 5.0
         set_level(0)  # silent
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the same
+    if sys.stdout:  # None if it is closed; names that its encoding lacks are written as \u...
+        sys.stdout.reconfigure(errors="backslashreplace")
     # kill raises SystemExit, so that temporary files are removed
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
@@ -128,6 +140,7 @@ def get_constants(prefix, **names):
 
 # What this build of OpenCV has, by the names of its samples. OpenCV 4's one engine has none.
 ENGINES = get_constants("ENGINE_")
+ENGINES.pop("auto", None)  # which takes one of the others
 BACKENDS = get_constants("DNN_BACKEND_", INFERENCE_ENGINE="openvino")
 TARGETS = get_constants("DNN_TARGET_", MYRIAD="ncs2_vpu", HDDL="hddl_vpu")
 # OpenCV 5.0.0 names ENGINE_ORT in every build; without ONNX Runtime it warns and takes auto
@@ -174,13 +187,14 @@ def get_parser():
     add = parser.add_argument
     add("alias", nargs="?", metavar="NAME", help="entry of models.yml; options win over it")
     add("--zoo", metavar="FILE", help="the file with the entries [models/models.yml or models.yml]")
-    text = "the model (.onnx), pictures, folders, videos, a camera's number [a bundled picture]"
-    add("--input", nargs="+", default=[], metavar="FILE", help=text)
+    text = "the model (.onnx), pictures, folders, videos, URLs, cameras [a bundled picture]"
+    add("--input", nargs="+", action="extend", default=[], metavar="FILE", help=text)
     add("--model", default="", metavar="FILE", help="the model, if it isn't among --input")
     add("--config", type=check_name, metavar="FILE", help="a Caffe model's .prototxt, in OpenCV 4")
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
     add("--top_k", type=positive_int, default=1, metavar="K", help="answers per picture [1]")
-    add("--output", metavar="PATH", help="file or folder of results [results, but no shown video]")
+    add("--output", metavar="PATH", help="file, folder/ or none [results, but no shown video]")
+    add("--show", type=boolean, default=True, metavar="BOOL", help="in a window, if it can [True]")
     add = parser.add_argument_group("size, as PyTorch's pipelines make it").add_argument
     size = {"type": positive_int, "metavar": "PX"}
     add("--resize", **size, nargs="+", help="the shorter side, or width and height [no resize]")
@@ -200,7 +214,7 @@ def get_parser():
     add("--initial_width", **size, help="resize the picture to this width first [no resize]")
     add("--initial_height", **size, help="resize the picture to this height first [no resize]")
     add = parser.add_argument_group("inference").add_argument
-    add("--engine", choices=ENGINES or ["auto"], default="auto", help="OpenCV 5's new, 4's classic")
+    add("--engine", choices=[*ENGINES, "auto"], help="OpenCV 5's new, 4's classic [auto]")
     add("--backend", choices=BACKENDS, default="default", help="any other: on the classic engine")
     add("--target", choices=TARGETS, default="cpu", help="the same [cpu]")
     return parser
@@ -231,7 +245,7 @@ def get_args():
         if key in ("mean", "std", "resize") and isinstance(value, list):
             # argparse would take -1e-05 for an option, but nothing that begins with a space
             options += [f"--{key}", *(f" {v}" for v in value)] if value else []
-        elif key in TORCHVISION or (key == "engine" and ENGINES):
+        elif key in TORCHVISION:
             options.append(f"--{key}={value}")
         elif key in ("model", "config", "classes", "labels") and value:
             options.append(f"--{key}={find_file(value, entry, zoo.parent)}")
@@ -245,6 +259,7 @@ def get_args():
     check_preprocessing(args, given)
     args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
     args.model = models[0] if models else args.model or f"the model of {name}"
+    args.engine = args.engine or choose_engine(entry)
     args.labels = read_lines(find_file(args.classes, entry)) if args.classes else []
     return args
 
@@ -278,6 +293,19 @@ def check_preprocessing(p, given=()):
         if "mean" in given:
             raise RequestError(problem)
         print(f"NOTE: {problem}", file=sys.stderr)
+
+
+def choose_engine(entry):
+    """The entry's engine, else the next that it was verified on; "auto" is OpenCV's default."""
+    engine, verified = str(entry.get("engine", "auto")), str(entry.get("engines", "auto"))
+    if engine in (*ENGINES, "auto") or not ENGINES:
+        return engine
+    missing = f"this OpenCV has no {engine} engine for {entry.get('model')}"
+    for name in (*ENGINES, "auto"):
+        if name in verified:
+            print(f"NOTE: {missing}: taking {name}", file=sys.stderr)
+            return name
+    raise RequestError(f"{missing}: convert it again with this OpenCV")
 
 
 def find_entry(alias, zoo, model=None):
@@ -318,12 +346,15 @@ def find_file(name, entry, folder=""):
 def read_zoo(path):
     """{name: entry} of a models.yml, of the entries for this sample; each is a dictionary."""
     try:
-        storage = cv2.FileStorage(check_name(str(path)), cv2.FILE_STORAGE_READ)
-        entries = read_node(storage.root()).items()  # keep `storage`: the nodes are part of it
-    # SystemError: from the constructor, in OpenCV 4.10 to 5.0; ValueError: texts that aren't UTF-8;
-    # AttributeError: a list, or nothing
-    except (cv2.error, SystemError, ValueError, AttributeError):
-        raise RequestError(f"{path}: missing, or not YAML that OpenCV can read") from None
+        storage = cv2.FileStorage()  # whose constructor would hide OpenCV's reason
+        storage.open(check_name(str(path)), cv2.FILE_STORAGE_READ)
+        entries = read_node(storage.root()).items()
+    # ValueError: texts that aren't UTF-8; AttributeError: a list, or nothing
+    except (cv2.error, ValueError, AttributeError) as error:
+        # error.func is "models.yml(4): Tabs are prohibited in YAML!"
+        line = re.search(r"\((\d+)\): (.)([^!]*)", getattr(error, "func", ""))
+        reason = f"line {line[1]}: {line[2].lower()}{line[3]}:" if line else "missing, or"
+        raise RequestError(f"{path}: {reason} not YAML that OpenCV can read") from None
     return {n: e for n, e in entries if isinstance(e, dict) and e.get("sample") == ZOO_SAMPLE}
 
 
@@ -339,48 +370,70 @@ def read_node(node):
 
 
 def check_name(name):
-    """The file name. cv2 5.0.0 crashes on "" and on names that aren't UTF-8: RequestError."""
+    """The file name. cv2 5.0.0 crashes on "" and on names that aren't UTF-8: InputError."""
     if not name or name != name.encode(errors="ignore").decode():
-        raise RequestError(f"{name!r}: OpenCV can't open files of this name; rename it")
+        raise InputError(f"{name!r}: OpenCV can't open files of this name; rename it")
     return name
 
 
 def read_lines(path):
-    """The lines of a text file, class names for instance."""
+    """The lines of a text file, class names for instance; empty ones at its end don't count."""
     try:
-        return Path(path).read_text("utf-8-sig").splitlines()
+        return Path(path).read_text("utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError:
         raise RequestError(f"{path}: not a text file in UTF-8") from None
 
 
 def expand_sources(names):
-    """Yield (name, "picture", "video" or "camera"); a folder stands for its pictures, by name."""
+    """Yield (name, "picture", "video" or "camera", or "" for a file that can't be opened).
+
+    A folder stands for its pictures. Whatever doesn't begin like a picture is a video, because
+    cv2.VideoCapture opens streams and numbered pictures, img_%03d.png, as well.
+    """
     for name in names:
         if os.path.isdir(name):
             files = [file for file in os.listdir(name) if file.lower().endswith(PICTURES)]
+            files = [file for file in sorted(files) if not file.startswith(".")]
             if not files:
                 raise RequestError(f"{name}: no picture in this folder")
-            yield from ((os.path.join(name, file), "picture") for file in sorted(files))
-        elif name.isdecimal() and not os.path.exists(name):
+            yield from ((os.path.join(name, file), "picture") for file in files)
+        elif os.access(name, os.R_OK):
+            yield name, "picture" if is_picture(name) else "video"
+        elif name.isdecimal():
             yield name, "camera"
-        else:
-            yield name, "video" if name.lower().endswith(VIDEOS) else "picture"
+        else:  # "!": of a GStreamer pipeline
+            yield name, "video" if re.search("://|[%!]", name) else ""
+
+
+def is_picture(name):
+    """Whether a file begins like a picture. A pipe, which can be read only once, has to be one."""
+    try:
+        is_file = os.path.isfile(name)  # not a device, as /dev/video0 is
+        return Path(name).is_fifo() or (is_file and cv2.haveImageReader(check_name(name)))
+    except (InputError, cv2.error):  # of OpenEXR, which OpenCV 4's wheels know but can't read
+        return False
 
 
 def read_frames(name, kind):
     """Yield (title, uint8 BGR picture (height, width, 3), frames per second or 0 for a picture)."""
-    if kind == "picture":
+    if kind in ("picture", ""):  # which has the system's reason
         yield name, read_picture(check_name(name)), 0
         return
     capture = cv2.VideoCapture(int(name) if kind == "camera" else check_name(name))
-    rate, number = capture.get(cv2.CAP_PROP_FPS), 0  # some cameras and files don't say it
-    while (got := capture.read())[0]:
+    rate, promised = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
+    # FFmpeg takes a text for a video of its letters
+    is_text = capture.get(cv2.CAP_PROP_FOURCC) == cv2.VideoWriter_fourcc(*"ansi")
+    number = ms = 0
+    while not is_text and (got := capture.read())[0]:
         number += 1
+        ms = capture.get(cv2.CAP_PROP_POS_MSEC)  # after the last frame it would be 0
         yield f"{name}, frame {number}", got[1], rate if 0 < rate <= 1000 else 25
-    promised = max(0, capture.get(cv2.CAP_PROP_FRAME_COUNT))  # of some files, an estimate
-    if number < max(1, 0.99 * promised - 1):
-        problem = f"{number} of {promised:.0f} frames can be read (truncated? not there?)"
-        raise RequestError(f"{kind} {name}: {problem}")
+    if not number:
+        problem = "truncated, or not a picture or video that OpenCV can read"
+        raise InputError(f"camera {name}: not there?" if kind == "camera" else f"{name}: {problem}")
+    # promised is duration x rate in some files, too many if the rate varies; below 0 in streams
+    if number < 0.95 * promised and ms * rate < 950 * promised:
+        raise InputError(f"{name}: truncated: {number} of {promised:.0f} frames can be read")
 
 
 def read_picture(path):
@@ -393,11 +446,11 @@ def read_picture(path):
         if picture is None and cv2.imdecode(data, cv2.IMREAD_UNCHANGED) is not None:
             problem = "pixels of an unusual type, float32 for one; use 8 bits"
     except OSError as error:
-        raise RequestError(one_line(error)) from None
+        raise InputError(one_line(error)) from None
     except cv2.error:  # an empty file, or more than 2**30 pixels
         picture = None
     if picture is None:
-        raise RequestError(f"{path}: {problem}")
+        raise InputError(f"{path}: {problem}")
     return picture
 
 
@@ -409,8 +462,13 @@ def read_net(args):
     # only our own: OpenCV's entry of googlenet, for instance, has the hash of an empty file
     if "made_from" in args.entry and get_load_info(args.model) != args.entry.get("load_info"):
         raise RequestError(f"{args.model}: missing, or changed (by its SHA-1); convert it again")
-    on_cpu = (args.backend, args.target) == ("default", "cpu")
-    engine = [ENGINES[args.engine if on_cpu else "classic"]] if ENGINES else []
+    engine = args.engine
+    if ENGINES and (args.backend, args.target) != ("default", "cpu"):
+        engine = "classic"
+        if engine not in ENGINES:
+            problem = "needs the classic engine, which this OpenCV lacks: take --engine new alone"
+            raise RequestError(f"--backend {args.backend} --target {args.target} {problem}")
+    engine = [ENGINES[engine]] if engine in ENGINES else []
     try:
         net = cv2.dnn.readNet(check_name(args.model), args.config or "", "", *engine)
     except cv2.error as error:
@@ -533,23 +591,28 @@ def forward(net, blob):
     if outputs != 1 or out is None or out.shape[:2] != (1, out.size) or out.dtype != np.float32:
         raise RequestError("not a classifier: the output isn't one float32 array (1, classes)")
     if not (np.isfinite(blob).all() and np.isfinite(out).all()):
-        raise RequestError("the answer is nan or inf: check --scale, --mean, --std, or the file")
+        raise InputError("the answer is nan or inf: check --scale, --mean, --std, or the file")
     return out.ravel(), ms
 
 
-def get_answers(logits, names, top_k):
-    """Yield (text for stdout, text for the picture), best first. names: the classes', or empty."""
-    if len(logits) == 1:  # a value, which has no classes
-        text = f"{names[0] if names else 'value'}: {logits[0]:.4f}"
-        yield text, text
+def get_answers(outputs, names, top_k, activation=None):
+    """Yield (text for stdout, text for the picture), best first. names: the classes', or empty.
+
+    activation: what the network ends in, sigmoid or softmax; if None, its outputs are logits.
+    """
+    if len(outputs) == 1:  # a value or probability, which has no classes
+        name = names[0] if names else "probability" if activation else "value"
+        value = f"{100 * outputs[0]:.1f} %" if activation else f"{outputs[0]:.4f}"
+        yield f"{name}: {value}", f"{name}: {value}"
         return
-    probabilities = np.exp(logits.astype(np.float64) - logits.max())
-    if logits.min() >= 0 and abs(logits.sum() - 1) < 1e-3:  # the network ends in a softmax
-        probabilities = logits
-    for i in np.argsort(-logits, kind="stable")[:top_k]:
+    probabilities = outputs
+    if not activation and (outputs.min() < 0 or abs(outputs.sum() - 1) >= 1e-3):  # logits
+        exponentials = np.exp(outputs.astype(np.float64) - outputs.max())
+        probabilities = exponentials / exponentials.sum()
+    for i in np.argsort(-outputs, kind="stable")[:top_k]:
         name = names[i] if names else f"Class #{i}"
-        percent = f"{100 * probabilities[i] / probabilities.sum():.1f} %"
-        text = f"class ID: {i}, label: {name}\n* confidence: {logits[i]:.4f}"
+        percent = f"{100 * probabilities[i]:.1f} %"
+        text = f"class ID: {i}, label: {name}\n* confidence: {outputs[i]:.4f}"
         # in the picture the first synonym: some of ImageNet's names have many
         yield f"{text}\n* probability: {percent}", f"{name.split(',')[0]}: {percent}"
 
@@ -592,13 +655,62 @@ def get_output_paths(sources, args, window):
         path, suffixes = Path(output), SAVED_PICTURES if kind == "picture" else tuple(SAVED_VIDEOS)
         if is_folder:
             suffix = Path(name).suffix if Path(name).suffix.lower() in suffixes else suffixes[0]
-            path /= f"{Path(name).stem}_{Path(args.model).stem}{suffix}"
-        if path.suffix.lower() not in suffixes:
-            raise RequestError(f"--output {path}: a {kind} needs {' or '.join(suffixes)}")
+            path /= get_result_name(name, f"_{Path(args.model).stem}{suffix}")
+        if kind and path.suffix.lower() not in suffixes:
+            problem = f"a {kind} needs {' or '.join(suffixes)}, a folder a slash at its end"
+            problem = problem if kind == "picture" else f"{name} isn't a picture, and {problem}"
+            raise RequestError(f"--output {path}: {problem}")
         while os.path.realpath(path).lower() in taken:
             path = path.with_stem(f"{path.stem}_{number}")
         taken.add(os.path.realpath(path).lower())
-        yield path if args.output or kind == "picture" or (kind == "video" and not window) else None
+        is_saved = args.output or kind == "picture" or (kind == "video" and not window)
+        yield path if is_saved and output != "none" else None
+
+
+def get_result_name(name, end):
+    """The name of an input's result, at most 240 bytes; without a stream's query and password."""
+    if "://" in name:
+        name = re.sub(r"^.*?://([^/]*@)?|[?#\s].*", "", name)
+    stem = os.fsencode(Path(name).stem)[: 240 - len(os.fsencode(end))]
+    return stem.decode("utf-8", "ignore") + end
+
+
+def save(frames, path):
+    """Yield each (picture, rate) once it is written to `path`, as a picture or a frame of a video.
+
+    The file takes shape beside `path`, hidden; it replaces an older one when it is whole.
+    """
+    part, writer, number = path.with_name(f".{os.getpid()}{path.suffix}"), None, 0
+    try:
+        for picture, rate in frames:
+            if not writer:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            if rate:
+                fourcc = cv2.VideoWriter_fourcc(*SAVED_VIDEOS[path.suffix.lower()])
+                writer = writer or cv2.VideoWriter(str(part), fourcc, rate, picture.shape[1::-1])
+                if path.is_dir() or not writer.isOpened():
+                    raise InputError(f"{path}: OpenCV can't write this video")
+                writer.write(picture)
+                number += 1
+            else:
+                encoded, data = cv2.imencode(path.suffix, picture)  # imwrite hides what fails
+                if not encoded:
+                    raise InputError(f"{path}: OpenCV can't write this picture; try .png")
+                part.write_bytes(data)
+                os.replace(part, path)
+                print(f"* saved: {path}", flush=True)
+            yield picture, rate
+    finally:  # also after Ctrl-C, or if the input breaks off
+        try:
+            if number:
+                writer.release()  # isOpened stays true on a full disk, but the count is exact
+                if cv2.VideoCapture(str(part)).get(cv2.CAP_PROP_FRAME_COUNT) != number:
+                    raise InputError(f"{path}: can't be written whole: is the disk full?")
+                os.replace(part, path)
+                print(f"* saved: {path}", flush=True)
+        finally:
+            if part.exists():
+                part.unlink()
 
 
 def has_display():
@@ -634,58 +746,54 @@ def show(picture, seconds):
             return False
 
 
-def classify(source, output, net, args):
-    """Yield the annotated picture, or each frame of a video, with its rate; save it as `output`."""
-    last, writer = None, None
+def classify(source, net, args):
+    """Yield the annotated picture, or each frame of a video, with its rate; print the answers."""
+    last = None
     random = args.entry.get("weights") == RANDOM or Path(args.model).stem.endswith(RANDOM_SUFFIX)
     warning = [RANDOM_WARNING] if random else []
     for title, picture, rate in read_frames(*source):
-        logits, ms = forward(net, get_blob(picture, args))
-        if args.classes and len(args.labels) != len(logits):
-            problem = f"{len(args.labels)} lines, but the network has {len(logits)} outputs"
+        outputs, ms = forward(net, get_blob(picture, args))
+        if args.classes and len(args.labels) != len(outputs):
+            problem = f"{len(args.labels)} lines, but the network has {len(outputs)} outputs"
             raise RequestError(f"{args.classes}: {problem}")
-        texts, lines = zip(*get_answers(logits, args.labels, args.top_k), strict=True)
+        answers = get_answers(outputs, args.labels, args.top_k, args.entry.get("activation"))
+        texts, lines = zip(*answers, strict=True)
         duration = f"inference time: {ms:.1f} ms"
-        if logits.argmax() != last:  # of a video, what changes
+        if outputs.argmax() != last:  # of a video, what changes
             print(f"{title}:", *texts, *warning, duration, sep="\n* ", flush=True)
+        last = outputs.argmax()
         picture = picture if rate else fit(picture, (640, 480), max)  # room for the text
         annotate(picture, [*warning, *lines, duration.capitalize()])
-        if output and last is None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-        if output and rate:  # the writer completes the file when it is deleted, also after Ctrl-C
-            fourcc = cv2.VideoWriter_fourcc(*SAVED_VIDEOS[output.suffix.lower()])
-            writer = writer or cv2.VideoWriter(str(output), fourcc, rate, picture.shape[1::-1])
-            if not writer.isOpened():
-                raise RequestError(f"{output}: OpenCV can't write this video")
-            writer.write(picture)
-        elif output:
-            encoded, data = cv2.imencode(output.suffix, picture)  # imwrite hides what fails
-            if not encoded:
-                raise RequestError(f"{output}: OpenCV can't write this picture; try .png")
-            output.write_bytes(data)
-        if output and last is None:
-            print(f"* saved: {output}", flush=True)
-        last = logits.argmax()
         yield picture, rate
 
 
 def main():
     args = get_args()
-    sources, window = list(expand_sources(args.input)), has_display()
+    sources, window = list(expand_sources(args.input)), args.show and has_display()
     jobs = list(zip(sources, get_output_paths(sources, args, window), strict=True))
     net = read_net(args)
     print(f"preprocessing: {describe(args)}")
+    zoo = Path(args.model).with_name(ZOO_NAME)
+    if not args.entry and zoo.is_file():
+        note = f"{zoo} has no entry for {Path(args.model).name}: assuming this preprocessing"
+        print(f"NOTE: {note}, and no class names but those of --classes", file=sys.stderr)
     if window:
         print("keys in the window: q or Esc ends the program, space pauses, any other key goes on")
     code, answered = 0, False
     for number, (source, output) in enumerate(jobs, 1):
         seconds = 1 if number < len(jobs) else np.inf  # as in OpenCV 5's sample
+        frames = classify(source, net, args)
         try:
-            for picture, rate in classify(source, output, net, args):
-                answered = True
-                if window and show(picture, 0 if rate else seconds):
-                    return min(code, 1)
-        except (RequestError, cv2.error) as error:
+            with contextlib.closing(save(frames, output) if output else frames) as frames:
+                for picture, rate in frames:
+                    answered = True
+                    if window and show(picture, 0 if rate else seconds):
+                        return min(code, 1)
+        except BrokenPipeError:  # of stdout
+            raise
+        except OSError as error:
+            code = report(InputError(f"{output}: can't be written: {error.strerror}"))
+        except (InputError, cv2.error) as error:
             code = report(error)
     return min(code, 1) if answered else code
 

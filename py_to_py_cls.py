@@ -85,7 +85,7 @@ def get_parser():
         help="evaluation mode: the network's own, as in test mode; the tutorial's, which cuts out "
         "the centre of 256x256 pixels; or from end to end: the transform for PyTorch, ours for "
         "OpenCV (default: own)")
-    add("--engine", choices=list(ENGINES), default="auto",
+    add("--engine", choices=["auto", *ENGINES], default="auto",
         help="evaluation mode: OpenCV's engine (default: auto, the fastest correct one)")
     add("--resume", default=True, **yes_no,
         help="evaluation mode: resume where the same command was interrupted (default: True)")

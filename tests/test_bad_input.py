@@ -43,6 +43,7 @@ def bad(model, tmp_path_factory):
         (bad / f"half.{suffix}").write_bytes(data[: len(data) // 2])
     for name in ("page.jpg", "page.png", "note.txt", "no.mp4"):
         (bad / name).write_text("<html>404</html>")
+    (bad / "long.txt").write_text("a line of text\n" * 300)
     (bad / "empty").mkdir()
     (bad / "three.txt").write_text("cat\ndog\nfox\n")
     cv2.imwrite(str(bad / "float.tiff"), np.full((9, 9, 3), 0.5, np.float32))
@@ -66,6 +67,7 @@ def bad(model, tmp_path_factory):
         *((f"MODEL BAD/half.{end}", f"half.{end}: ") for end in ("bmp", "webp", "tif", "gif")),
         *((f"MODEL BAD/page.{end}", f"page.{end} ... not a picture") for end in ("jpg", "png")),
         ("MODEL BAD/note.txt", "note.txt ... not a picture"),
+        ("MODEL BAD/long.txt", "long.txt ... not a picture or video"),  # of FFmpeg's letters
         ("MODEL BAD/empty", "empty: no picture"),
         ("MODEL BAD/float.tiff", "float.tiff: pixels ... float32"),
         ("MODEL 0", "camera 0"),

@@ -3,6 +3,7 @@
 import ctypes
 import ctypes.util
 import hashlib
+import http.server
 import os
 import re
 import runpy
@@ -12,7 +13,10 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -23,6 +27,8 @@ import classification
 
 KOALA = PICTURES / "koala.jpg"
 LABELS = (PICTURES / "imagenet_classes.txt").read_text().splitlines()
+CPP = classification.TORCHVISION | {"initial_width": 256, "initial_height": 256}  # of README
+CPP |= {"crop": True, "resize": ()}
 TORCHVISION = "--scale 0.00392156862745098 --mean 123.675 116.28 103.53 --std 0.229 0.224 0.225"
 TORCHVISION += " --rgb --resize 256"
 
@@ -48,10 +54,10 @@ def test_answer_is_pytorchs(classify, small, get_logits, options):
 
 
 def test_engines_agree(classify):
-    auto, new, classic = (
-        read_answer(classify(KOALA, "--engine", engine)) for engine in ("auto", "new", "classic")
-    )
-    assert auto[0] == new[0] and new == (classic[0], pytest.approx(classic[1], abs=1e-4))
+    class_id, confidence = read_answer(classify(KOALA))
+    for engine in classification.ENGINES:
+        answer = read_answer(classify(KOALA, "--engine", engine))
+        assert answer == (class_id, pytest.approx(confidence, abs=1e-4))
 
 
 @pytest.mark.parametrize("said", ["YES (ver 1.25.1)", "NO"])
@@ -139,6 +145,122 @@ def test_no_input_is_overwritten(classify, folder):
     assert (folder / "koala.jpg").read_bytes() == KOALA.read_bytes()
 
 
+@pytest.mark.slow
+def test_the_readmes_cpp(folder, execute, model):
+    """It compiles against the system's OpenCV, and gives our answer to all pictures."""
+    include = Path("/usr/include/opencv4")
+    if not (shutil.which("g++") and include.is_dir()):
+        pytest.skip("needs g++ and libopencv-dev")
+    text = (ROOT / "README.md").read_text()
+    (folder / "cls.cpp").write_text(re.search(r"^```cpp\n(.*?)^```$", text, re.M | re.S)[1])
+    libraries = [f"-lopencv_{name}" for name in ("dnn", "imgcodecs", "imgproc", "core")]
+    get_output(execute("g++", "cls.cpp", "-o", "cls", f"-I{include}", *libraries))
+    net, how = cv2.dnn.readNet(str(model)), SimpleNamespace(**CPP)
+    pictures = sorted(PICTURES.glob("*.jpg"))
+    assert len(pictures) == 12
+    for path in pictures:
+        net.setInput(classification.get_blob(classification.read_picture(path), how))
+        logits = net.forward()[0]
+        output = get_output(execute(folder / "cls", model, path))
+        class_id, confidence = re.fullmatch(r"class ID: (\d+), confidence: (.*)\n", output).groups()
+        assert (int(class_id), float(confidence)) == near(logits, abs=1e-5)
+
+
+# --- results ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(folder):
+    """The folder "small", which is on a disk of 120 KB."""
+    (folder / "small").mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", folder / "small"]
+    if not shutil.which("mount") or subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder / "small"
+    subprocess.run(["umount", folder / "small"], check=True)
+
+
+@pytest.mark.parametrize("suffix", ["avi", "mp4"])
+def test_a_video_on_a_full_disk(start, model, folder, small_disk, suffix):
+    """An older result stays, and nothing is said to be saved; cv2.VideoWriter says nothing."""
+    write_video(folder / "in.avi", 60)
+    older = small_disk / f"a.{suffix}"
+    older.write_bytes(b"older")
+    for cut in (1, 0.7):  # also if the input breaks off
+        data = (folder / "in.avi").read_bytes()
+        (folder / "in.avi").write_bytes(data[: int(cut * len(data))])
+        result = start("classification.py", "--input", model, "in.avi", "--output", older)
+        check_one_line(result, f"a.{suffix}: can't be written whole", "disk full", code=1)
+        assert "saved" not in result.stdout
+        assert [(p.name, p.read_bytes()) for p in small_disk.iterdir()] == [(older.name, b"older")]
+
+
+def test_pictures_on_a_full_disk(classify, folder, small_disk):
+    """No half file; the message names the result; smaller pictures after it are saved."""
+    (small_disk / "older_small.png").write_bytes(b"older")
+    noise = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
+    for name in ("a_large", "older"):
+        cv2.imwrite(str(folder / f"{name}.png"), noise)
+    cv2.imwrite(str(folder / "z_little.png"), np.zeros((480, 640, 3), np.uint8))
+    result = classify("a_large.png", "older.png", "z_little.png", "--output", "small")
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and result.stdout.count("class ID") == 3
+    for name, line in zip(("a_large", "older"), lines, strict=True):
+        assert f"small/{name}_small.png: can't be written: No space" in line
+    assert re.findall("saved: (.*)", result.stdout) == ["small/z_little_small.png"]
+    assert {p.name for p in small_disk.iterdir()} == {"older_small.png", "z_little_small.png"}
+    assert (small_disk / "older_small.png").read_bytes() == b"older"
+    check_one_line(classify("a_large.png", "--output", "small"), "a_large_small.png")
+
+
+def test_a_result_that_cannot_be_written_is_one_of_several(classify, folder):
+    """A folder has its name: the others go on; 2 if there are no others."""
+    (folder / "results" / "koala_small.jpg").mkdir(parents=True)
+    result = classify(KOALA, PICTURES / "bison.jpg")
+    check_one_line(result, "results/koala_small.jpg: can't be written: Is a directory", code=1)
+    assert re.findall("saved: (.*)", result.stdout) == ["results/bison_small.jpg"]
+    check_one_line(classify(KOALA), "koala_small.jpg")
+    assert {p.name for p in (folder / "results").iterdir()} == {
+        "koala_small.jpg",
+        "bison_small.jpg",
+    }
+
+
+def test_a_name_that_gets_too_long(run, folder, model):
+    """75 Chinese letters are 225 bytes; with the model's name, more than file systems take."""
+    shutil.copy(model, folder / "a_model_whose_name_is_long.onnx")
+    for name in ("猫" * 75, "猫" * 74 + "狗"):
+        shutil.copy(KOALA, folder / f"{name}.jpg")
+    output = get_output(run("classification.py", "--input", "a_model_whose_name_is_long.onnx", "."))
+    saved = re.findall(r"saved: results/(.*)", output)
+    assert len(set(saved)) == 2 == len(list((folder / "results").iterdir()))
+    for name in saved:
+        assert re.fullmatch("猫{60,75}_a_model_whose_name_is_long(_2)?.jpg", name)
+
+
+def test_no_results(classify, folder):
+    write_video(folder / "in.avi", 2)
+    output = get_output(classify(KOALA, "in.avi", "--output", "none"))
+    assert output.count("class ID") >= 2 and "saved" not in output
+    assert [p.name for p in folder.iterdir()] == ["in.avi"]
+    get_output(classify(KOALA, "--output", "2024.05.01/"))
+    assert (folder / "2024.05.01" / "koala_small.jpg").is_file()
+    check_one_line(classify(KOALA, "--output", "2024.05.02"), "a folder a slash at its end")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_names_that_the_terminal_cannot_write(start, model, folder, encoding):
+    (folder / "names.txt").write_text("考拉\n" * 1000, "utf-8")
+    for name in ("猫.jpg", "b.jpg"):
+        shutil.copy(KOALA, folder / name)
+    options = ["--input", model, "猫.jpg", "b.jpg", "nope猫.jpg", "--classes", "names.txt"]
+    result = start("classification.py", *options, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    check_one_line(result, "nope\\u732b.jpg", code=1)
+    assert result.stdout.count("label: \\u8003\\u62c9\n") == 2
+    assert "saved: results/\\u732b_small.jpg" in result.stdout
+    assert {p.name for p in (folder / "results").iterdir()} == {"猫_small.jpg", "b_small.jpg"}
+
+
 def test_alone_in_an_empty_folder(folder, execute, model, small, get_logits):
     """The script, a model and a picture; -I -S would hide cv2, so the imports are looked at."""
     for file in (ROOT / "classification.py", model, KOALA):
@@ -170,6 +292,34 @@ def test_a_file_that_was_changed_is_refused(run, folder, model):
     # OpenCV's own entries have other hashes, googlenet's that of an empty file
     (folder / "models.yml").write_text(f"%YAML 1.0\n---\nnet:\n{entry}")
     get_output(run("classification.py", "net", "--input", KOALA))
+
+
+def test_what_no_picture_can_change_is_said_once(classify, folder):
+    """Names of other classes end the run; empty lines at the end of the file are no names."""
+    (folder / "names.txt").write_text("a name\n" * 1001)
+    result = classify(PICTURES, "--classes", "names.txt")
+    check_one_line(result, "names.txt: 1001 lines, but the network has 1000 outputs")
+    assert "class ID" not in result.stdout
+    (folder / "names.txt").write_text("a name\n" * 1000 + "\n\n \n")
+    assert "label: a name\n" in get_output(classify(KOALA, "--classes", "names.txt"))
+    result = classify(PICTURES, "--classes", "/dev/null")
+    check_one_line(result, "/dev/null: 0 lines, but the network has 1000 outputs")
+
+
+def test_inputs_add_up(classify):
+    output = get_output(classify(KOALA, "--input", PICTURES / "bison.jpg", "--input", KOALA))
+    assert output.count("* class ID") == 3
+
+
+def test_a_model_without_its_entry(classify, run, folder, model):
+    """Renamed, or moved beside others: what is assumed is said."""
+    shutil.copy(model, folder / "new.onnx")
+    entry = 'old:\n  model: "old.onnx"\n  sample: "classification"\n'
+    (folder / "models.yml").write_text(f"%YAML 1.0\n---\n{entry}")
+    result = run("classification.py", "--input", "new.onnx", KOALA)
+    check_one_line(result, "NOTE: models.yml has no entry for new.onnx: assuming", code=0)
+    assert run("classification.py", "old", "--input", KOALA, "new.onnx").stderr == ""
+    assert classify(KOALA).stderr == ""  # there is no models.yml
 
 
 def test_one_bad_picture_of_several(classify, folder):
@@ -252,20 +402,26 @@ def test_a_line_that_is_cut_says_so(monkeypatch):
         ([-1.0, 3.0, 0.0], True, "* confidence: 0.9362\n* probability: 93.6 %\n"),
         ([0.1, 0.7, 0.3], False, "* confidence: 0.7000\n* probability: 45.1 %\n"),
         ([-0.25], False, "x.png:\n* value: -0.2500\n* inference"),
+        ([0.25, 0.5526, 0.3], "sigmoid", "* confidence: 0.5526\n* probability: 55.3 %\n"),
+        ([0.5526], "sigmoid", "x.png:\n* probability: 55.3 %\n* inference"),
+        ([0.1, 0.7, 0.3], "softmax", "* confidence: 0.7000\n* probability: 70.0 %\n"),
     ],
 )
 def test_outputs_of_every_kind(run, folder, outputs, softmax, expected):
-    """Probabilities are taken as they are; a single output has no class."""
+    """Probabilities are taken as they are, and those that an entry says; one has no class."""
     import torch
     from torch import nn
 
     class Constant(nn.Module):
         def forward(self, x):
             out = 0 * x.mean(dim=(1, 2, 3), keepdim=True).flatten(1) + torch.tensor([outputs])
-            return out.softmax(1) if softmax else out
+            return out.softmax(1) if softmax is True else out
 
     torch.onnx.export(Constant(), torch.zeros(1, 3, 8, 8), str(folder / "c.onnx"), dynamo=False)
     cv2.imwrite(str(folder / "x.png"), np.zeros((8, 8, 3), np.uint8))
+    if isinstance(softmax, str):
+        entry = f'c:\n  model: "c.onnx"\n  activation: "{softmax}"\n  sample: "classification"\n'
+        (folder / "models.yml").write_text(f"%YAML 1.0\n---\n{entry}")
     result = run("classification.py", "--input", "c.onnx", "x.png", "--width", 8, "--height", 8)
     assert expected in result.stdout, result.stderr
     assert ("class ID" in result.stdout) == (len(outputs) > 1)
@@ -310,9 +466,8 @@ def test_a_truncated_video_is_said(start, model, folder, name, keep):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: int(keep * len(data))])
     result = start("classification.py", "--input", model, name)
-    if name == "in.mp4":  # its index is at the end; it isn't a picture that can't be read
-        check_one_line(result, "in.mp4: 0 of 0 frames can be read", "truncated")
-        assert "picture" not in result.stderr
+    if name == "in.mp4":  # its index is at the end
+        check_one_line(result, "in.mp4: truncated, or not a picture or video")
         return
     capture = cv2.VideoCapture(str(folder / "results" / "in_small.avi"))
     saved = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
@@ -321,6 +476,134 @@ def test_a_truncated_video_is_said(start, model, folder, name, keep):
     else:
         check_one_line(result, "in.avi", "truncated", f"{saved} of 24 frames", code=1)
         assert 5 < saved < 20
+
+
+def vary_rate(path):
+    """Take the frames 4 to 19 out of an .avi of 24; as for other containers, its header stays."""
+    data = path.read_bytes()
+    start = data.index(b"movi") + 4
+    place, chunks = start, []
+    while data[place : place + 4] == b"00dc":
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        chunks.append(data[place : place + 8 + size + size % 2])
+        place += len(chunks[-1])
+    assert len(chunks) == 24
+    movi = b"".join(b"00dc\0\0\0\0" if 4 <= n < 20 else chunk for n, chunk in enumerate(chunks))
+    head = data[: start - 8] + (4 + len(movi)).to_bytes(4, "little") + b"movi"
+    path.write_bytes(head[:4] + (len(head + movi) - 8).to_bytes(4, "little") + head[8:] + movi)
+
+
+def test_a_video_of_variable_rate_is_complete(run, model, folder):
+    """It has 8 of the promised 24 frames, and the last one stands at its end."""
+    write_video(folder / "in.avi", 24)
+    vary_rate(folder / "in.avi")
+    capture = cv2.VideoCapture(str(folder / "in.avi"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 24
+    result = run("classification.py", "--input", model, "in.avi")
+    assert (get_output(result).count("saved"), result.stderr) == (1, "")
+    capture = cv2.VideoCapture(str(folder / "results" / "in_small.avi"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 8
+    data = (folder / "in.avi").read_bytes()
+    (folder / "in.avi").write_bytes(data[: len(data) // 2])
+    result = run("classification.py", "--input", model, "in.avi")
+    check_one_line(result, "in.avi: truncated: ", " of 24 frames", code=1)
+
+
+def test_a_video_of_any_name(classify, folder):
+    """What isn't a picture is a video; its name is the result's, in a format that OpenCV writes."""
+    write_video(folder / "in.avi", 6)
+    for name in ("video", "v.ts", "v.jpg"):
+        shutil.copy(folder / "in.avi", folder / name)
+        output = get_output(classify(name))
+        assert f"{name}, frame 1:" in output and re.search(
+            r"saved: results/vi?d?e?o?_small", output
+        )
+    shutil.copy(KOALA, folder / "picture.mp4")
+    assert "saved: results/picture_small.png" in get_output(classify("picture.mp4"))
+    for number in range(3):
+        cv2.imwrite(str(folder / f"img_{number:03d}.png"), cv2.imread(str(KOALA)))
+    assert "img_%03d.png, frame 1:" in get_output(classify("img_%03d.png"))
+    capture = cv2.VideoCapture(str(folder / "results" / "img_%03d_small.mp4"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    check_one_line(classify("no_%03d.png"), "no_%03d.png: truncated, or not a picture or video")
+
+
+@pytest.fixture
+def server(folder, env):
+    """The address of a server of the folder, with a user and a password."""
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    handler.log_message = None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        env["no_proxy"] = "127.0.0.1"
+        yield f"http://me:secret@127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_stream(start, model, folder, server):
+    write_video(folder / "in.avi", 6)
+    url = f"{server}/in.avi?token=a/b#c"
+    result = start("classification.py", "--input", model, url)
+    assert (
+        f"{url}, frame 1:" in get_output(result) and "saved: results/in_small.mp4" in result.stdout
+    )
+    capture = cv2.VideoCapture(str(folder / "results" / "in_small.mp4"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 6
+    result = start("classification.py", "--input", model, f"{server}/nope.avi", KOALA)
+    check_one_line(result, "/nope.avi: truncated, or not a picture or video", code=1)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("rtsp://me:p@ss@cam.org:554/live/one?a=/b&token=c", "one_net.png"),
+        ("rtsp://me:secret@cam/", "cam_net.png"),
+        ("rtspsrc location=rtsp://me:secret@cam/live user-pw=secret ! appsink", "live_net.png"),
+        ("/dev/video0", "video0_net.png"),
+        ("é" * 200, "é" * 116 + "_net.png"),
+    ],
+)
+def test_the_name_of_a_result(name, expected):
+    """Without password and query, and 240 bytes at most."""
+    assert classification.get_result_name(name, "_net.png") == expected
+
+
+def test_the_pictures_of_a_folder(classify, folder):
+    """All suffixes that OpenCV reads, in any case; nothing hidden, no video."""
+    (folder / "in").mkdir()
+    picture = cv2.resize(cv2.imread(str(KOALA)), (80, 60))
+    names = [f"a{suffix}" for suffix in classification.PICTURES]
+    for name in ["B.JPG", *names]:
+        kind = ".jp2" if name in ("a.j2c", "a.j2k", "a.jpc", "a.jpf", "a.jpx") else ".png"
+        real = Path(name).suffix.lower()
+        kind = real if real in (".avif", ".hdr", ".ras", ".tiff", ".webp", ".gif") else kind
+        (folder / "in" / name).write_bytes(cv2.imencode(kind, picture)[1])
+    for name in ("._a.jpg", "a.mp4", "a.txt", "a.exr"):
+        (folder / "in" / name).write_text("no picture")
+    output = get_output(classify("in", "--output", "none"))
+    assert re.findall("^in/(.*):", output, re.M) == sorted(["B.JPG", *names])
+
+
+def test_the_systems_reason_comes_first(run, folder, model):
+    """Also if --output is of the other kind."""
+    shutil.copy(model, folder)
+    for name in ("nope.jpg", "nope.mp4", "nope"):
+        for output in ("a.png", "a.mp4", "results"):
+            result = run("classification.py", "--input", "small.onnx", name, "--output", output)
+            check_one_line(result, f"No such file or directory: '{name}'")
+
+
+def test_a_file_that_may_not_be_read(execute, folder, model):
+    command = [sys.executable, ROOT / "classification.py", "--input", model]
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("root may read everything; setpriv would take that right away")
+        rights = "-dac_override,-dac_read_search"
+        command = ["setpriv", "--bounding-set", rights, "--inh-caps", rights, *command]
+    for name in ("denied.jpg", "denied.mp4"):
+        shutil.copy(KOALA, folder / name)
+        (folder / name).chmod(0)
+        check_one_line(execute(*command, name), f"Permission denied: '{name}'")
 
 
 def test_video_is_annotated_frame_by_frame(run, model, folder):
@@ -489,6 +772,12 @@ def test_space_pauses_a_video(in_window, folder):
     shown.press("q")
     shown.check_end()
     assert not (folder / "results").exists()
+
+
+def test_nothing_is_shown_if_you_say_so(execute, model, display):
+    command = [sys.executable, ROOT / "classification.py", "--input", model, PICTURES]
+    output = get_output(execute(*command, "--show", "False", DISPLAY=display))
+    assert output.count("saved") == 12 and "keys in the window" not in output
 
 
 def test_ctrl_c_with_a_window(in_window):

@@ -119,6 +119,7 @@ def test_the_fastest_engine_is_taken(monkeypatch, tmp_path, fastest):
     right = Difference(0.0, 0.0, 0.0, 1, 1)
     measure = lambda path, engine, _: ([right], 1 if engine == fastest else 2)  # noqa: E731
     monkeypatch.setattr(verify, "verify_engine", measure)
+    monkeypatch.setattr(verify, "EACH_ENGINE", ["new", "classic"])
     engines, failures = verify.verify(tmp_path / "x.onnx", [("picture", None, None)])
     assert engines[0] == fastest and len(engines) == 2 and not failures
 

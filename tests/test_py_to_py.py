@@ -36,7 +36,7 @@ from conversion import convert, find_converted, get_onnx_path
 from networks import IMAGENET, Network, Request
 from py_to_py_cls import get_module_config, get_parser
 from test_config import TestClsConfig, TestClsModuleConfig
-from verify import get_references
+from verify import EACH_ENGINE, get_references
 
 RED_PANDA = PICTURES / "red_panda.jpg"
 NAMES = str(PICTURES / "imagenet_classes.txt")
@@ -147,7 +147,7 @@ def test_test_mode_and_conversion(
     assert f"verifying with OpenCV {cv2.__version__}, limit 1e-04 ..." in first.stdout
     rows = re.findall(r"^(new|classic) engine +(.+)$", first.stdout, re.M)
     rows = {engine: [float(cell) for cell in cells.split()] for engine, cells in rows}
-    assert rows.keys() == {"new", "classic"}
+    assert [*rows] == EACH_ENGINE
     for *errors, ms in rows.values():
         assert len(errors) == 4 and ms > 0
         assert all(0 < error < 1e-4 for error in errors)
@@ -218,7 +218,7 @@ def test_damaged_entry(converted_before, weights, monkeypatch, key, values):
     request = Request("squeezenet1_1", str(weights))
     found = find_converted(request)
     assert found.path == Path("models", converted_before.name) and found.outputs == 1000
-    assert sorted(found.engines) == ["classic", "new"]
+    assert sorted(found.engines) == sorted(EACH_ENGINE)
     zoo = converted_before.with_name("models.yml")
     text = zoo.read_text()
     for value in values:
@@ -378,7 +378,7 @@ def test_a_file_that_disagrees_never_gets_its_name(tmp_path, small, monkeypatch,
     assert {file: file.read_text() for file in path.parent.iterdir()} == older
     wrong = r"^(new|classic) engine +wrong on picture: .*relative error 1.0e-03"
     found = re.findall(wrong, capsys.readouterr().out, re.M)
-    assert sorted(found) == ["classic", "classic", "new", "new"]
+    assert found == 2 * EACH_ENGINE
 
     failing.add(False)
     with pytest.raises(NetworksDisagree, match="relative error 1.0e-03"):
@@ -387,7 +387,7 @@ def test_a_file_that_disagrees_never_gets_its_name(tmp_path, small, monkeypatch,
     converted = convert(network, references)
     assert list(path.parent.iterdir()) == [path]
     assert (converted.path.absolute(), converted.outputs) == (path, 1000)
-    assert sorted(converted.engines) == ["classic", "new"]
+    assert sorted(converted.engines) == sorted(EACH_ENGINE)
     assert np.allclose(read_onnx(path)(blob), run_torch(small, blob), atol=1e-5)
 
 

@@ -20,7 +20,7 @@ from conversion import convert, export, rewrite
 from locate import find_first_wrong, locate
 from networks import Network, Request, load_network
 from onnx_rewrites import make_readable
-from verify import Reference, get_references, run_engine_apart, verify
+from verify import EACH_ENGINE, Reference, get_references, run_engine_apart, verify
 
 BLOB = np.random.default_rng(2).standard_normal((2, 3, 8, 8)).astype(np.float32)
 
@@ -209,7 +209,7 @@ def test_mobilenet_v3_from_the_new_exporter(tmp_path):
     export(network, path, (1, 3, 64, 64), dynamo=True)
     if cv2.__version__ == "5.0.0":
         engines, failures = verify(path, references)
-        assert engines == [] and failures.keys() == {"new", "classic"}
+        assert engines == [] and [*failures] == EACH_ENGINE
         for reason in failures.values():
             assert reason.startswith("wrong on picture") and "relative error" in reason
     rewrite(path)
@@ -296,7 +296,7 @@ def test_a_failure_ends_with_one_sentence(capsys):
     assert len(sentence) <= 300 and "\n" not in sentence and ">" not in sentence
     assert sentence.count("OpenCV") == sentence.count("first wrong node: Einsum") == 1
     said = capsys.readouterr().out
-    for engine in ("new", "classic"):
+    for engine in EACH_ENGINE:
         assert f"\nfirst wrong node, {engine} engine: Einsum" in said
     assert [*Path("models").iterdir()] == []
 

@@ -12,6 +12,7 @@ from classification import read_zoo
 from common import write_entry
 from conversion import Converted
 from networks import IMAGENET
+from verify import EACH_ENGINE
 
 KOALA = PICTURES / "koala.jpg"
 CONVERT = ["--model_name", "squeezenet1_1", "--evaluate", "False"]
@@ -32,7 +33,7 @@ def test_entry_of_a_converted_network(run, start, folder, weights):
     classes = folder / "models" / entry["classes"]
     assert classes.read_bytes() == (PICTURES / "imagenet_classes.txt").read_bytes()
     engines, made_from = entry.pop("engines"), entry.pop("made_from")
-    assert sorted(engines) == ["classic", "new"] and made_from.keys() == {"file", "entry"}
+    assert sorted(engines) == sorted(EACH_ENGINE) and made_from.keys() == {"file", "entry"}
     sha1 = hashlib.sha1((folder / "models" / f"{name}.onnx").read_bytes()).hexdigest()
     assert entry == {
         "load_info": {"sha1": sha1},
@@ -104,6 +105,8 @@ def zoo(folder, model):
         ("five", "mean: [1, 2, 3, 4]"),
         ("inf", "scale: .inf"),
         ("ort", 'engine: "ort"'),
+        ("alone", 'engine: "ort"\n  engines: ["ort"]'),
+        ("next", 'engine: "ort"\n  engines: ["ort", "new"]'),
         ("vgg16-random", "scale: 1.0"),
         ("tiny", "std: []\n  mean: [-1e-05, -2, 0.5]\n  scale: -1.5e-05\n  rgb: 1"),
         ("empty", 'mean: []\n  weights: "random"'),
@@ -146,7 +149,7 @@ def test_entry_of_opencvs_samples(run, zoo):
         (["five"], ["models.yml: five: error: unrecognized arguments:  4"]),
         (["second"], ["the model of second: no such file"]),
         (["inf"], ["models.yml: inf: error: argument --scale: invalid non_zero value: 'inf'"]),
-        (["ort"], ["models.yml: ort: error: argument --engine: invalid choice: 'ort'"]),
+        (["alone"], ["no ort engine for net.onnx: convert it again with this OpenCV"]),
         (["vgg16"], ["no entry 'vgg16'", "vgg16-random"]),
         (["net", "--zoo", "broken.yml"], ["broken.yml", "YAML"]),
         (["net", "--zoo", "absent.yml"], ["absent.yml: missing"]),
@@ -171,6 +174,18 @@ def test_numbers_of_every_kind(run, zoo):
     result = run("classification.py", "empty", "--zoo", zoo, "--input", KOALA)
     assert "scale 1.0, mean [0.0, 0.0, 0.0], std None, rgb False" in result.stdout
     assert "* RANDOM WEIGHTS" in result.stdout
+
+
+@pytest.mark.parametrize("name, engine", [("ort", "auto"), ("next", "new")])
+def test_an_engine_that_this_opencv_lacks(run, zoo, name, engine):
+    """The next one that the file was verified on, or OpenCV's default, with a word; or --engine."""
+    result = run("classification.py", name, "--zoo", zoo, "--input", KOALA)
+    assert result.stderr == f"NOTE: this OpenCV has no ort engine for net.onnx: taking {engine}\n"
+    assert read_answer(result) == read_answer(
+        run("classification.py", "empty", "--zoo", zoo, "--input", KOALA)
+    )
+    result = run("classification.py", name, "--zoo", zoo, "--input", KOALA, "--engine", "auto")
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_other_peoples_entries_stay_as_they_are(tmp_path):
