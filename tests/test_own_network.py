@@ -39,6 +39,7 @@ import argparse, collections, itertools, sys, types
 import numpy as np
 import torch
 from torch import nn
+from torchvision import transforms
 
 count = itertools.count()
 
@@ -428,34 +429,78 @@ def test_a_conversion_that_fails(convert_own, tmp_path, change, error, words):
     assert {file: file.read_text() for file in path.parent.iterdir()} == older
 
 
-SURE = "the network branches on its input .*my_module.py, line {}: return logits".format(
+BRANCHES = "the network branches on its input .*my_module.py, line {}: return ".format(
     MY_MODULE[: MY_MODULE.index("return")].count("\n") + 1
 )
-UNSURE = SURE.replace("branches", "may branch") + ".*--allow_branches True converts it"
+REMEMBERS = """
+class Remembers(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x):
+        logits = super().forward(x)
+        {}
+        return logits + 1 if self.seen.sum() > 1e6 else logits
+
+build = Remembers
+"""
+SCRIPT = "build = lambda: torch.jit.script(Net())"
+STATE = "Net.ready = torch.tensor([True]); Net.norm = transforms.Normalize((0.5,) * 3, (0.2,) * 3)"
 
 
 @pytest.mark.parametrize(
     "returns, more, words",
     [
-        ("logits + 1 if x.max() > 1e6 else logits", "", SURE),
-        ("logits + 1 if torch.allclose(x[:, 0], x[:, 1] + 1e6) else logits", "", SURE),
-        ("logits + 1 if x[0, :, 0, 0].tolist()[0] > 1e6 else logits", "", SURE),
-        ("logits + 1 if x.detach().numpy().max() > 1e6 else logits", "", UNSURE),
-        ("logits + 1 if np.asarray(x).max() > 1e6 else logits", "", UNSURE),
-        (
-            "logits + 1 if bool(x.max() > 1e6) else logits",
-            "build = lambda: torch.jit.script(Net())",
-            "the exported graph branches .If",
-        ),
-        ("torch.cat([logits[i : i + 1] for i in range(len(x))])", "", "one batch size only"),
+        *((f"logits + 1 if {condition} else logits", "", BRANCHES) for condition in (
+            "x.max() > 1e6",
+            "x.max().item() > 1e6",
+            "torch.allclose(x[:, 0], x[:, 1] + 1e6)",
+            "x[0, :, 0, 0].tolist()[0] > 1e6",
+            "x.detach().numpy().max() > 1e6",
+            "np.asarray(x).max() > 1e6",
+            "torch.nonzero(x > 30).shape[0]",
+            "x[x > 30].numel()",
+            "torch.sparse.sum(x.flatten(1).to_sparse()) > 1e6",
+        )),
+        ("logits * torch.tensor([x.max()]).clamp(1e6) / 1e6", "", BRANCHES),
+        ("logits", REMEMBERS.format("self.seen[0] = x.mean()"), "1 if self.seen.sum"),
+        ("logits", REMEMBERS.format("self.seen.view(2, 2)[0, 0] = x.mean()"), "1 if self.seen.sum"),
+        ("logits", REMEMBERS.format("torch.sum(x, (0, 1, 2, 3), out=self.seen[0])"), "1 if self"),
+        # what it reads there is from the picture before
+        ("(logits + 1 if getattr(self, 'last', x.sum()) > 1e9 else logits, setattr(self, 'last', "
+         "x.sum()))[0]", "", BRANCHES),
+        ("logits + 1 if bool(x.max() > 1e6) else logits", SCRIPT, "branches .* .in scripted code"),
     ],
-)
+)  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 def test_what_is_right_for_some_pictures_only(convert_own, tmp_path, returns, more, words):
-    """None of the pictures shows it. The option takes nothing but what may be harmless."""
-    with pytest.raises(RequestError, match=words) as caught:
-        convert_own(returns, more, allow_branches=words != UNSURE)
+    """None of the pictures shows it."""
+    with pytest.raises(RequestError, match=f"{words}.*--allow_branches True") as caught:
+        convert_own(returns, more)
     assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*.onnx"))
+
+
+@pytest.mark.parametrize(
+    "returns, more",
+    [
+        ("2 * logits if self.ready else logits", STATE),
+        ("min(1.0, self.ready.sum().item() / 2) * logits", STATE),
+        ("logits * max(self.fc.weight.max().item(), 0.1)", ""),
+        ("logits * float(self.fc.bias.detach().numpy()[0]) + self.conv.bias.tolist()[0]", ""),
+        ("self.fc(torch.relu(self.conv(self.norm(x))).mean((2, 3)))", STATE),
+        ("logits.masked_fill(logits > 1, 0)", ""),
+        ("(str(x.mean()), logits)[1]", ""),
+    ],
+)  # fmt: skip
+def test_branches_on_its_own_state(own, returns, more):
+    """They are the same for every picture."""
+    conversion.check_branches(own(returns, more).model, BLOB)
+
+
+def test_a_file_for_one_batch_size(convert_own):
+    with pytest.raises(RequestError, match="one batch size only"):
+        convert_own("torch.cat([logits[i : i + 1] for i in range(len(x))])", "", True)
 
 
 def test_allow_branches(run, folder):
