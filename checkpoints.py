@@ -15,13 +15,15 @@ import numpy as np
 
 from classification import RequestError
 
-# Types that a checkpoint may hold beside tensors: they are data and run nothing.
-INERT_TYPES = [
+# Types and functions that a checkpoint may need beside tensors: they are data and run nothing.
+INERT = [
     argparse.Namespace,
     pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath,
-    np.dtype,
-    np._core.multiarray.scalar,
-    *(type(np.dtype(code)) for code in "?bhilqBHILQefdU"),
+    bytes,
+    np.dtype, np.ndarray,
+    *(kind for code in np.typecodes["All"] for kind in (type(np.dtype(code)), np.dtype(code).type)),
+    *((getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
+      for name in ("_reconstruct", "scalar") for core in ("core", "_core")),  # NumPy 1, and 2
 ]  # fmt: skip
 
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception v3, for training
@@ -34,7 +36,7 @@ def read_checkpoint(path):
     if str(path).endswith(".safetensors") and importlib.util.find_spec("safetensors") is None:
         raise RequestError(f"{path}: to read it, pip install safetensors")
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(INERT_TYPES):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(INERT):
             warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
             # weights_only: a pickle can run any code, and a downloaded file is a stranger's
             return torch.load(path, map_location="cpu", weights_only=True)

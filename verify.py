@@ -115,8 +115,8 @@ def get_references(model, sample_blob):
         )
     if not moves[0] <= MAX_MOVE:
         raise RequestError(
-            "PyTorch's own answer to the picture hangs on rounding, and proves nothing: a change of "
-            f"1e-06 changes it by {moves[0]:.1e}: check the weights and the preprocessing"
+            "PyTorch's own answer to the picture hangs on rounding, and proves nothing: changing "
+            f"the picture by 1e-06 moves it by {moves[0]:.1e}: check the weights and the preprocessing"
         )
     return steady
 

@@ -353,7 +353,7 @@ def test_no_evidence_hangs_on_rounding():
     """PyTorch's own answer proves nothing then, whichever blob it is; the picture's has to."""
     names = [name for name, _, _ in get_references(Noisy(), BLOB[:1].clip(-1, 1))]
     assert names == ["picture", "dark, bright, grey"]
-    with pytest.raises(RequestError, match="hangs on rounding.* 1e-06 changes it by .*e-0[1-3]"):
+    with pytest.raises(RequestError, match="hangs on rounding.* 1e-06 moves it by .*e-0[1-3]"):
         get_references(Noisy(), 10 * BLOB[:1])
 
 

@@ -9,6 +9,7 @@ import re
 import socket
 import socketserver
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -234,6 +235,11 @@ CHECKPOINTS = {
         "acc": np.float64(93.1), "loss": np.float32(0.5), "epoch": np.int64(5),
         "best": np.bool_(True), "net": prefixed(m, "module."),
     },
+    "NumPy arrays": lambda m: {
+        "model": m.state_dict(), "preds": np.zeros((5, 7)), "targets": np.zeros(0, np.int64),
+        "names": np.array(["a", "b"], dtype=object), "dtype": np.float32,
+        "rng": np.random.get_state(),
+    },
     "paths": lambda m: {
         "from": pathlib.Path("runs/1"), "at": pathlib.PureWindowsPath("C:/x"), "net": m.state_dict()
     },
@@ -357,6 +363,18 @@ def test_inception_that_was_trained_from_torchvisions(tmp_path, capsys):
     model = load_network(Request("inception_v3", str(tmp_path / "my.pth"))).model
     assert model.transform_input and model.AuxLogits is None and model.fc.out_features == 5
     assert "transform_input=True" in capsys.readouterr().err
+
+
+def test_checkpoint_that_numpy_1_wrote(tmp_path, seven):
+    """Its modules had other names."""
+    state = {"model": seven.state_dict(), "acc": np.float64(93.1), "preds": np.zeros(3)}
+    content = io.BytesIO(saved(state))
+    with zipfile.ZipFile(content) as new, zipfile.ZipFile(tmp_path / "my.pth", "w") as old:
+        for name in new.namelist():
+            data = new.read(name)
+            assert (b"numpy._core" in data) == name.endswith("data.pkl")
+            old.writestr(name, data.replace(b"numpy._core", b"numpy.core"))
+    check_loaded(tmp_path / "my.pth", seven)
 
 
 # --- bad files ------------------------------------------------------------------------------------
