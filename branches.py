@@ -8,7 +8,6 @@ The input's storage is marked, as is all that an operator makes of marked storag
 Storages are marked, not tensors: `y[:, 0] = x.mean((1, 2, 3))` marks y through a view of it.
 """
 
-import os
 import traceback
 
 import torch
@@ -16,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from forward import find_line
 
 # Functions that read values without an operator, so that TorchDispatchMode doesn't see them.
 # torch.tensor([x.mean()]) does, too: exporters write a constant.
@@ -110,10 +111,3 @@ def find_branch(model, batch):
         model(batch)
         model(batch)  # again: it may read what the first pass has left in a buffer
     return marks.line
-
-
-def find_line(frames):
-    """Your line in a stack, "FILE, line N: CODE": the last that isn't PyTorch's; "" if all are."""
-    others = os.path.join(os.path.dirname(torch.__file__), ""), __file__
-    yours = [frame for frame in frames if not frame.filename.startswith(others)]
-    return f"{yours[-1].filename}, line {yours[-1].lineno}: {yours[-1].line}" if yours else ""

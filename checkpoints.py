@@ -9,6 +9,7 @@ import importlib.util
 import pathlib
 import re
 import warnings
+import zipfile
 from collections import Counter, OrderedDict
 
 import numpy as np
@@ -26,6 +27,12 @@ INERT = [
       for name in ("_reconstruct", "scalar") for core in ("core", "_core")),  # NumPy 1, and 2
 ]  # fmt: skip
 
+PROGRAMS = {  # {a file in their archives: (what they are, how they are loaded)}
+    "constants.pkl": ("a TorchScript archive", "torch.jit.load({!r}, 'cpu')"),
+    "archive_format": ("a torch.export program", "torch.export.load({!r})"),
+    "serialized_exported_program.json": ("a torch.export program", "torch.export.load({!r})"),
+}
+
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception v3, for training
 
 
@@ -33,6 +40,13 @@ def read_checkpoint(path):
     """What torch.load finds in a checkpoint file; RequestError if it isn't one, or may run code."""
     import torch
 
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            files = {name.rpartition("/")[2] for name in archive.namelist()}
+        for kind, load in (PROGRAMS[file] for file in PROGRAMS if file in files):
+            code = f"import torch; build = lambda: {load.format(str(path))}"
+            hint = f"write `{code}` to my_net.py, and give --model_name my_net:build"
+            raise RequestError(f"{path}: {kind}, a network and no state dict; {hint}")
     if str(path).endswith(".safetensors") and importlib.util.find_spec("safetensors") is None:
         raise RequestError(f"{path}: to read it, pip install safetensors")
     try:

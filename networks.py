@@ -14,10 +14,10 @@ import importlib.util
 import os
 import socket
 import sys
-import traceback
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from checkpoints import find_state_dict, read_checkpoint
 from classification import RANDOM, RequestError, one_line, scale_resize
 from common import SCRIPT_DIR, SEED, Preprocessing, get_digest, read_tutorial
 from default_preprocess_config import PYTORCH_RSZ_HEIGHT, pytorch_resize_input_blob
+from forward import run_forward
 from preprocessing import GREY, run_transform
 from transforms import find_transform, get_own_size, is_factory, measure_and_prove
 
@@ -302,15 +303,19 @@ def build_own(name):
         model = import_yours("--model_name", name)
         if not isinstance(model, torch.nn.Module):
             model = model()
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
     if not isinstance(model, torch.nn.Module):
         raise RequestError(f"--model_name {name}: returns {type(model).__name__}, not an nn.Module")
     while isinstance(model, torch.nn.DataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, torch.nn.DataParallel) else model._orig_mod
+    check_float(f"--model_name {name}", model.state_dict())
     try:
         return model.cpu().eval()
-    except NotImplementedError:  # a torch.export program's (PyTorch 2.15)
-        problem = "returns an exported program; return the module it was made of"
-        raise RequestError(f"--model_name {name}: {problem}") from None
+    except NotImplementedError:  # a torch.export program's, which has no modes
+        program, model = model, torch.nn.Module()
+        model.forward = lambda batch: program(batch)
+        return model.eval()
 
 
 def import_yours(option, name):
@@ -358,15 +363,37 @@ def adapt_own(network):
     batch = torch.randn(1, 3, preprocessing.height, preprocessing.width)
     dtype = get_dtype(model)
     before = get_logits(run_forward(model, batch.to(dtype)))
-    output = run_forward(model.float(), batch)
+    with no_autocast() as dtypes:
+        output = run_forward(model.float(), batch)
+    if dtypes:
+        model.forward = no_autocast()(model.forward)
     if get_logits(output) is not output:
         print(f"{name}: taking the `logits` of what it returns")
         model.register_forward_hook(lambda module, inputs, output: get_logits(output))
     after = get_logits(output)
-    if dtype != torch.float32 and torch.is_tensor(after):
+    kinds = sorted(str(kind).removeprefix("torch.") for kind in {dtype, *dtypes} - {torch.float32})
+    if kinds and torch.is_tensor(after):
         change = float((after - before).abs().max() / after.abs().max())
-        kind = str(dtype).removeprefix("torch.")
-        print(f"{name}: converted as float32; the {kind} network itself differs by {change:.0e}")
+        kinds = " and ".join(kinds)
+        print(f"{name}: converted as float32; the {kinds} network itself differs by {change:.0e}")
+
+
+@contextlib.contextmanager
+def no_autocast():
+    """Switch autocast off, also where a network's code switches it on; yield the dtypes it names.
+
+    An outer autocast(enabled=False) would lose to the network's own.
+    """
+    import torch
+
+    dtypes = set()
+
+    def enter(autocast):
+        dtypes.update([autocast.fast_dtype] if autocast._enabled else [])
+        return autocast
+
+    with mock.patch.multiple(torch.autocast, __enter__=enter, __exit__=lambda *_: None):
+        yield dtypes
 
 
 def get_dtype(model):
@@ -439,7 +466,9 @@ def load_weights(request, build):
 
     path, model = request.weights, build().float()
     wanted = model.state_dict()
-    state = find_state_dict(read_checkpoint(path), wanted, path, request.weights_key)
+    checkpoint = read_checkpoint(path)
+    check_float(path, checkpoint)
+    state = find_state_dict(checkpoint, wanted, path, request.weights_key)
     # the head is the last parameter of two or more dimensions, in all of torchvision's networks
     head = [key for key, parameter in model.named_parameters() if parameter.ndim > 1][-1]
     shape = getattr(state.get(head), "shape", ())
@@ -457,21 +486,13 @@ def load_weights(request, build):
     return model.eval()
 
 
-def run_forward(model, batch):
-    """What the network returns for a tensor (batch, 3, height, width).
+def check_float(source, values):
+    """Raise RequestError if there is a quantized tensor in a state dict, or in what holds one."""
+    from torch.utils._pytree import tree_leaves
 
-    If its code fails, its traceback is printed, and RequestError raised.
-    """
-    import torch
-
-    try:
-        with torch.no_grad():
-            return model(batch)
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        height, width = batch.shape[2:]
-        problem = f"the network can't take a {width}x{height} picture, {type(error).__name__}"
-        raise RequestError(f"{problem}; if it wants another size, give --frame_size") from None
+    if any(getattr(value, "is_quantized", False) for value in tree_leaves(values)):
+        problem = "its weights are quantized, which OpenCV can't take: convert the float network"
+        raise RequestError(f"{source}: {problem} that it was made of")
 
 
 def run_pytorch(model, blob):

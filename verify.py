@@ -116,7 +116,7 @@ def get_references(model, sample_blob):
     if not moves[0] <= MAX_MOVE:
         raise RequestError(
             "PyTorch's own answer to the picture hangs on rounding, and proves nothing: changing "
-            f"the picture by 1e-06 moves it by {moves[0]:.1e}: check the weights and the preprocessing"
+            f"the picture by 1e-06 moves it by {moves[0]:.1e}; check the weights and preprocessing"
         )
     return steady
 

@@ -198,23 +198,23 @@ def test_a_training_script_as_module(run, folder, option, code, words):
     assert ("usage: train.py" in "".join(usage)) == (code == 2)
 
 
-OTHER_SIZE = "can't take a 56x56 picture, .* --frame_size"
-EXPORT = "torch.export.export(Net().eval(), (torch.zeros(1, 3, 56, 56),)).module()"
-
-
 @pytest.mark.parametrize(
     "returns, more, raised, words",
     [
         ("logits", "build = lambda: 1 / 0", "ZeroDivisionError: division by zero", ""),
-        ("int('my words')", "", "ValueError: .*'my words'", OTHER_SIZE),
-        ("sys.exit(0)", "", "SystemExit: 0", OTHER_SIZE),
+        (
+            "int('my words')",
+            "",
+            "ValueError: .*'my words'",
+            "line 19: return int.*; it must take a ",
+        ),
+        ("sys.exit(0)", "", "SystemExit: 0", "line 19: return sys.*SystemExit: 0; it must take a "),
         (
             "sys.exit(0) if torch.onnx.is_in_onnx_export() else logits",
             "",
             "",
             "can't export .*SystemExit",
         ),
-        ("logits", f"build = lambda: {EXPORT}", "", "returns an exported program; return the mod"),
     ],
 )
 def test_code_that_fails_as_the_user_sees_it(run, folder, returns, more, raised, words):
@@ -232,6 +232,48 @@ def test_code_that_fails_as_the_user_sees_it(run, folder, returns, more, raised,
     else:
         assert lines == []
     assert not [p for p in folder.rglob("*") if ".onnx" in p.name]
+
+
+SIZE, PICTURES_ALONE, CHANNELS = (
+    "give --frame_size",
+    "must take the pictures alone",
+    "have 3 channels",
+)
+OTHER = "it must take a float32 tensor"
+
+
+@pytest.mark.parametrize(
+    "returns, more, advice",
+    [
+        ("self.fc(x.flatten(1))", "", SIZE),
+        ("self.fc(x[:, 0, 0, 0].view(-1, 16))", "", SIZE),
+        ("logits + torch.zeros(1, 10).repeat(1, x.shape[-1] // 28)", "", SIZE),
+        ("nn.functional.conv2d(x, torch.zeros(1, 3, 99, 99))", "", SIZE),
+        ("nn.functional.layer_norm(x, (3, 32, 32))", "", SIZE),
+        ("check(x, x.shape[-1] == 32, '')", "", OTHER),
+        ("check(x, x.shape[-1] == 32, 'Wrong image height!')", "", SIZE),
+        ("logits", "Net.forward = lambda self, x, label: x", PICTURES_ALONE),
+        ("logits", "Net.forward = lambda self, *, label: label", PICTURES_ALONE),
+        ("self.conv(x[:, :2])", "", OTHER),
+        ("nn.functional.conv2d(x, torch.zeros(1, 4, 3, 3))", "", CHANNELS),
+        ("nn.functional.batch_norm(x, torch.zeros(4), torch.ones(4))", "", CHANNELS),
+        ("transforms.Normalize((0.5,) * 4, (0.2,) * 4)(x)", "", CHANNELS),
+        ("logits.view(1, 10)", "", "takes one picture but not 3"),
+        ("self.size", "", OTHER),
+        ("self.fc(x.half())", "", OTHER),
+        ("logits", "build = lambda: torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(9, 9)))",
+         SIZE),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_advice_for_a_forward_that_fails(own, capsys, returns, more, advice):
+    """About sizes only if the error is. PyTorch's own traceback says nothing of a wrong call."""
+    check = "def check(x, is_right, text):\n    assert is_right, text\n"
+    with pytest.raises(RequestError, match=f"the network's forward fails.*; .*{advice}") as caught:
+        get_references(own(returns, check + more).model, BLOB)
+    assert "\n" not in str(caught.value)
+    reached = advice not in (PICTURES_ALONE, CHANNELS)
+    assert ("Traceback" in capsys.readouterr().err) == reached
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -273,6 +315,27 @@ def test_a_prefix_that_is_the_networks_own(own):
     assert list(loaded) == list(saved) and all("module." in key for key in saved)
 
 
+EXPORTED = "torch.export.export(Net().eval(), (torch.ones(2, 3, 56, 56),), dynamic_shapes="
+EXPORTED += "({0: torch.export.Dim('batch')},))"
+
+
+@pytest.mark.parametrize("program", [EXPORTED, f"{EXPORTED}.module()", "torch.jit.load('net.pt')"])
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning"
+)
+def test_exported_programs_and_torchscript(own, convert_own, program):
+    """As torch.export.load and torch.jit.load return them."""
+    torch.jit.script(own().model).save("net.pt")
+    path = convert_own(more=f"build = lambda: {program}").path
+    assert np.allclose(read_onnx(path)(BLOB), run_torch(build(), BLOB), atol=1e-5)
+
+
+def test_a_quantized_network_is_refused(own):
+    quantize = "torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear})"
+    with pytest.raises(RequestError, match="my_module:build: its weights are quantized.*float"):
+        own(more=f"build = lambda: {quantize}")
+
+
 def test_a_function_of_an_installed_package():
     network = load_network(Request("torchvision.models.mnasnet:mnasnet0_5"))
     assert type(network.model).__name__ == "MNASNet" and not network.model.training
@@ -291,6 +354,33 @@ def test_half_precision_is_said_with_the_figure(own, capsys, dtype, bits, figure
     assert re.search(f"converted as float32.*{figure}", capsys.readouterr().out)
     own()
     assert "float32" not in capsys.readouterr().out
+
+
+AUTOCAST = """
+class Mixed(Net):
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, x):
+        return super().forward(x).float()
+
+build = Mixed
+"""
+
+
+@pytest.mark.parametrize(
+    "returns, more, kind",
+    [
+        ("logits", AUTOCAST, "bfloat16"),
+        ("torch.autocast('cpu', torch.float16)(self.fc)(x[:, 0, 0, :16]).float()", "", "float16"),
+        ("torch.autocast('cpu', enabled=False)(self.fc)(x[:, 0, 0, :16])", "", ""),
+    ],
+)
+def test_autocast_within_a_network_is_switched_off(convert_own, capsys, returns, more, kind):
+    """In its references and in its file."""
+    forward = read_onnx(convert_own(returns, more).path)
+    exact = build(re.sub(r"torch.autocast\(.*?\)\(self.fc\)", "self.fc", returns))
+    assert np.allclose(forward(BLOB), run_torch(exact, BLOB), atol=1e-6)
+    words = f"converted as float32; the {kind} network itself differs by [1-9]e-0[234]"
+    assert bool(re.search(words, capsys.readouterr().out)) == bool(kind)
 
 
 KEEPING = """

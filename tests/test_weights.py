@@ -393,6 +393,25 @@ def saved(checkpoint, **options):
     return file.getvalue()
 
 
+def torchscript():
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
+    return file.getvalue()
+
+
+def exported():
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)), file)
+    return file.getvalue()
+
+
+def quantized():
+    """Its weights are hidden in a tuple."""
+    linear = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    return torch.ao.quantization.quantize_dynamic(linear, {torch.nn.Linear}).state_dict()
+
+
+LOADED = r"bad.pth: {}, .*build = lambda: torch.{}.load\('.*bad.pth'.*--model_name my_net:build"
 CODE = "more than tensors.*could run code"
 FINITE = "classifier.1.bias isn't a tensor of finite numbers"
 OTHER = "not the weights of squeezenet1_1.*"
@@ -411,6 +430,9 @@ BAD_FILES = {  # {kind: (words of the message, the file's content or an object f
     "code in an older file": (CODE, lambda s: saved({"model": s, "args": ARGS}, **OLDER_FORMAT)),
     "code in NumPy objects": (CODE, lambda s: {"model": s, "acc": np.array([Code()])}),
     "model": ("squeezenet.SqueezeNet, could run code", lambda s: models.squeezenet1_1()),
+    "TorchScript": (LOADED.format("a TorchScript archive", "jit"), lambda s: torchscript()),
+    "torch.export": (LOADED.format("a torch.export program", "export"), lambda s: exported()),
+    "quantized": ("its weights are quantized.*float network", lambda s: {"model": quantized()}),
     "tensor": ("no weights of this network", lambda s: torch.zeros(3)),
     "no tensors": ("no weights.*epoch, args", lambda s: {"epoch": 3, "args": argparse.Namespace()}),
     "nan": (FINITE, lambda s: s | {BIAS: torch.full((1000,), np.nan)}),
