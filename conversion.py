@@ -134,7 +134,8 @@ def convert(network, references, allow_branches=False):
                 print(error, flush=True)
                 failures.append(error)
         else:
-            raise min(failures, key=lambda error: error.exit_code)  # 1, a wrong answer, before 2
+            # exit code 1, a wrong answer, before 2
+            raise min(failures, key=lambda error: (error.exit_code, is_vague(error)))
         hashes = get_load_info(part), get_made_from(network.request)
         converted = Converted(path, engines, logits.shape[1], *hashes)
     if "data_sha1" not in converted.load_info:
@@ -189,9 +190,11 @@ def export(model, path, blob_shape, dynamo):
             torch.onnx.export(model, dynamo=dynamo, **options)
     except (Exception, SystemExit) as error:  # whatever the exporter or the network's code raises
         exporter = "PyTorch's new exporter" if dynamo else "PyTorch's TorchScript exporter"
+        problem = f"{exporter} can't export the network for {size[2]}x{size[1]} pictures"
+        while error.__cause__:  # the new one's own error only says which step failed
+            error = error.__cause__
         reason = str(error).strip().split("\n")[0].split(". ")[0][:100]
-        problem = f"can't export the network for {size[2]}x{size[1]} pictures"
-        raise RequestError(f"{exporter} {problem}: {type(error).__name__}: {reason}") from None
+        raise RequestError(f"{problem}: {type(error).__name__}: {reason}") from None
 
 
 @contextlib.contextmanager
@@ -243,18 +246,24 @@ def rewrite(path, allow_branches=False):
 
 
 def check(path, references):
-    """OpenCV's engines that are right, the fastest first; NetworksDisagree if none is.
+    """OpenCV's engines that are right, the fastest first.
 
-    Prints where the others go wrong.
+    Raises NetworksDisagree if none is, and prints where each goes wrong.
     """
     engines, failures = verify(path, references)
+    if engines:
+        return engines
     for engine, reason in failures.items():
         print(f"first wrong node, {engine} engine: ", end="", flush=True)  # it can take seconds
         where = locate(path, engine, references)
         print(where, flush=True)
-        node = where.partition(": ")[0]
-        failures[engine] = f"{engine} engine: {reason}; first wrong node: {node}"
-    if not engines:
-        reason = next(iter(failures.values()))
-        raise NetworksDisagree(f"OpenCV {cv2.__version__} doesn't give PyTorch's answer, {reason}")
-    return engines
+        failures[engine] = f"{engine} engine: {reason}"
+        if where not in reason:
+            failures[engine] += f"; first wrong node: {where.partition(': ')[0]}"
+    reason = min(failures.values(), key=is_vague)
+    raise NetworksDisagree(f"OpenCV {cv2.__version__} doesn't give PyTorch's answer, {reason}")
+
+
+def is_vague(failure):
+    """Whether a failure doesn't say which node is wrong."""
+    return str(failure).endswith(("node: unknown", "node: none"))

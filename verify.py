@@ -6,6 +6,8 @@ and Python with it. That process is this script, with a folder of blobs for its 
     python verify.py resnet50.onnx new FOLDER
 """
 
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -140,30 +142,37 @@ def run_opencv(net, blob):
 
 
 def get_reason(error):
-    """The last of OpenCV's words in a cv2.error, which can quote another one."""
-    return one_line(error).rpartition("error: ")[2].strip("> ").replace(" > ", " ")[:100]
+    """The last of OpenCV's words in a cv2.error, which can quote another one, and the node."""
+    text = one_line(error)
+    node = re.search(r"Node \[(\w+)@.*?\]:\((.*?)\)", text)
+    where = f"{node[1]} {node[2].rpartition('!')[2]}: " if node else ""
+    return where + text.rpartition("error: ")[2].strip("> ").replace(" > ", " ")[:100]
 
 
 def run_engine_apart(onnx_path, engine, blobs, timeout=None):
     """([logits of each blob], seconds of one pass with the first) from a child process.
 
-    timeout: seconds. Raises NetworksDisagree if the engine can't run the file, crashes, or doesn't
-    end in time.
+    Without blobs it only reads the file. timeout: seconds. Raises NetworksDisagree if the engine
+    can't run the file, crashes, or doesn't end in time.
     """
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder, "blobs.npz"), *blobs)
         command = [sys.executable, __file__, str(onnx_path), engine, folder]
+        options = {"capture_output": True, "text": True, "errors": "replace", "timeout": timeout}
+        options["env"] = os.environ | {"OPENCV_LOG_LEVEL": "WARNING"}
         try:
-            child = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=timeout
-            )
+            child = subprocess.run(command, **options)
         except subprocess.TimeoutExpired:
             raise NetworksDisagree(f"doesn't end within {timeout:.0f} s") from None
-        if child.returncode < 0:
-            raise NetworksDisagree(f"crashes (signal {-child.returncode})")
-        if child.returncode > 0:
+        if child.returncode:
             lines = child.stderr.splitlines() or [f"exit code {child.returncode}"]
-            raise NetworksDisagree(lines[-1].partition("error: ")[2] or lines[-1])
+            reason = lines[-1].partition("error: ")[2] or lines[-1]
+            if child.returncode < 0:
+                reason = f"crashes (signal {-child.returncode})"
+            # in the log of OpenCV 5.0.0's new engine, which then tries the classic one's importer
+            if lacking := re.findall(r"^\t(\w+)$", child.stderr, re.M):
+                reason = f"can't read the file: {' and '.join(lacking)} not supported; {reason}"
+            raise NetworksDisagree(reason)
         with np.load(Path(folder, "logits.npz")) as arrays:
             *logits, seconds = (arrays[name] for name in arrays.files)
     return logits, float(seconds)
@@ -225,8 +234,10 @@ def main():
         net = cv2.dnn.readNetFromONNX(onnx_path, ENGINES[engine])
     except cv2.error as error:
         raise NetworksDisagree(f"can't read the file: {get_reason(error)}") from None
+    if net.empty():  # OpenCV 5.0.0's new engine only logs what it can't read
+        raise NetworksDisagree("the network is empty")
     logits = [run_opencv(net, blob) for blob in blobs]
-    seconds = time_pass(lambda: run_opencv(net, blobs[0]))
+    seconds = time_pass(lambda: run_opencv(net, blobs[0])) if blobs else 0
     np.savez(Path(folder, "logits.npz"), *logits, seconds)
 
 

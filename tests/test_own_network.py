@@ -519,6 +519,13 @@ def test_a_conversion_that_fails(convert_own, tmp_path, change, error, words):
     assert {file: file.read_text() for file in path.parent.iterdir()} == older
 
 
+def test_the_new_exporters_reason_is_quoted(convert_own, capsys):
+    """It stands below "Failed to convert the exported program"."""
+    with pytest.raises(RequestError, match="'aten::special_i0e'"):
+        convert_own("torch.special.i0e(logits)")
+    assert re.search("new exporter can't .*: No ONNX function .*i0e", capsys.readouterr().out)
+
+
 BRANCHES = "the network branches on its input .*my_module.py, line {}: return ".format(
     MY_MODULE[: MY_MODULE.index("return")].count("\n") + 1
 )

@@ -36,6 +36,7 @@ CONSTANTS = {
     "weight": draw(4, 3, 3, 1, 1), "gamma": [1.9, 1.3, 1.6], "beta": [0.4, 0.9, 0.2],
     "mean": [0.7, 0.3, 0.5], "variance": [3.2, 3.9, 3.5],
     "kernels": np.ones((3, 3, 3, 3)), "offsets": np.ones((1, 18, 62, 62)),
+    "grid": np.zeros((1, 512, 512, 2)),
 }  # fmt: skip
 GELU = """
     scaled = Div(input, root)
@@ -138,11 +139,41 @@ def test_files_without_a_wrong_node(tmp_path):
     assert locate(path, "new").startswith("none: for these pictures OpenCV")
 
 
-def test_the_search_ends_in_time(tmp_path, monkeypatch):
-    """onnx takes minutes for a deformable convolution; OpenCV's process, a stand-in, doesn't end"""
-    monkeypatch.setattr("locate.MAX_SECONDS", 1)
+@pytest.mark.parametrize("engine", ["new", "classic"])
+def test_a_node_that_opencv_cannot_read_is_found_without_its_values(tmp_path, engine):
+    """onnx would take minutes for them."""
     node = "output = DeformConv(input, kernels, offsets)"
     proto = make_model(node, {"output": "1, 3, 62, 62"}, "1, 3, 64, 64", opset=19)
+    onnx.save(proto, tmp_path / "graph.onnx")
+    assert locate(tmp_path / "graph.onnx", engine).startswith("DeformConv")
+
+
+def test_a_working_network_does_not_wait_for_the_search(monkeypatch):
+    monkeypatch.setattr(conversion, "verify", lambda *_: (["new"], {"classic": "crashes"}))
+    monkeypatch.setattr(conversion, "locate", None)
+    assert conversion.check("graph.onnx", []) == ["new"]
+
+
+def test_the_failure_that_names_a_node_is_quoted(monkeypatch, capsys):
+    """Whichever engine's or exporter's it is."""
+    failures = dict.fromkeys(("new", "classic"), "crashes (signal 8)")
+    named = failures | {"classic": "can't read the file: GatherND not supported"}
+    verified = iter([failures, named])
+    vague = ["unknown: in onnx", "none: for these"]
+    located = iter([*vague, vague[0], "GatherND not supported"])
+    monkeypatch.setattr(conversion, "verify", lambda *_: ([], next(verified)))
+    monkeypatch.setattr(conversion, "locate", lambda *_: next(located))
+    with pytest.raises(NetworksDisagree, match="classic engine: can't read the file: GatherND"):
+        convert(make_network(Mean()), get_references(Mean(), BLOB[:1]))
+    assert "crashes (signal 8); first wrong node: unknown\n" in capsys.readouterr().out
+
+
+def test_the_search_ends_in_time(tmp_path, monkeypatch):
+    """onnx takes minutes to sample a grid; OpenCV's process, a stand-in, doesn't end."""
+    monkeypatch.setattr("locate.MAX_SECONDS", 1)
+    proto = make_model(
+        "output = GridSample(input, grid)", {"output": "1, 3, 512, 512"}, "1, 3, 8, 8"
+    )
     onnx.save(proto, tmp_path / "graph.onnx")
     line = locate(tmp_path / "graph.onnx", "new")
     assert line == "unknown: the search was stopped after 1 s, in onnx"
