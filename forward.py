@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import traceback
+from unittest import mock
 
 from classification import RequestError, one_line
 from common import SCRIPT_DIR
@@ -13,6 +14,31 @@ ABOUT_CHANNELS = r"got 3 channels|channel dimension|3 elements not|r a \(3\)|sha
 ABOUT_SIZES = r"size|shape|height|width|resolution|dimension|divi|must match|bounds"
 NOT_ABOUT_SIZES = "^TypeError|^AttributeError|channels instead|when training"
 WRAP = "give MODULE:FUNCTION of a module around the network that"
+
+
+def get_dtype(model):
+    """What a network computes in: float32, or what a half-precision one has."""
+    import torch
+
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+@contextlib.contextmanager
+def no_autocast():
+    """Switch autocast off, also where a network's code switches it on; yield the dtypes it names.
+
+    An outer autocast(enabled=False) would lose to the network's own.
+    """
+    import torch
+
+    dtypes = set()
+
+    def enter(autocast):
+        dtypes.update([autocast.fast_dtype] if autocast._enabled else [])
+        return autocast
+
+    with mock.patch.multiple(torch.autocast, __enter__=enter, __exit__=lambda *_: None):
+        yield dtypes
 
 
 def run_forward(model, batch):
@@ -27,6 +53,13 @@ def run_forward(model, batch):
             return model(batch)
     except (Exception, SystemExit) as error:
         raise explain(error, model, batch) from None
+
+
+def get_logits(output):
+    """What a forward returns, or the `logits` in it: transformers' networks return an object."""
+    if isinstance(output, dict):
+        return output.get("logits", output)
+    return getattr(output, "logits", output)
 
 
 def explain(error, model, batch):

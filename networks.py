@@ -12,20 +12,21 @@ import difflib
 import http.client
 import importlib.util
 import os
+import re
 import socket
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 
 from checkpoints import find_state_dict, read_checkpoint
+from class_names import find_class_names
 from classification import RANDOM, RequestError, one_line, scale_resize
 from common import SCRIPT_DIR, SEED, Preprocessing, get_digest, read_tutorial
 from default_preprocess_config import PYTORCH_RSZ_HEIGHT, pytorch_resize_input_blob
-from forward import run_forward
+from forward import get_dtype, get_logits, no_autocast, run_forward
 from preprocessing import GREY, run_transform
 from transforms import find_transform, get_own_size, is_factory, measure_and_prove
 
@@ -82,6 +83,7 @@ class Network:
     transform: object = None  # of PIL pictures, that the preprocessing was measured on
     transform_name: str = ""
     published: dict = field(default_factory=dict)  # {"acc@1": %, ...} of torchvision's weights
+    class_names: list = field(default_factory=list)  # that it or its checkpoint carries
 
 
 def load_network(request, or_random=True, test_picture=None):
@@ -148,8 +150,9 @@ def load_torchvisions(request, or_random, transform=None, test_picture=None):
         request, weights, published = replace(request, weights=RANDOM), RANDOM, {}
         model = build()
     network = Network(
-        request, weights, model.eval(), preprocessing, True, transform, title, published
-    )
+        request, weights, model.eval(), preprocessing, True, transform, title, published,
+        find_class_names(vars(model)),
+    )  # fmt: skip
     add_grey(network, measured.mix)
     return network
 
@@ -238,6 +241,10 @@ def load_own(request, transform=None, test_picture=None):
         )
     p = measured.preprocessing if measured else scale_frame(IMAGENET, *size or (None, None))
     network = Network(request, Path(weights).name, model, p, measured is not None, transform, title)
+    config = getattr(model, "config", None)
+    network.class_names = find_class_names(
+        vars(model) | {"id2label": getattr(config, "id2label", None)}
+    )
     if measured:
         add_grey(network, measured.mix)
     elif takes_grey(model, p.width, p.height):
@@ -378,38 +385,6 @@ def adapt_own(network):
         print(f"{name}: converted as float32; the {kinds} network itself differs by {change:.0e}")
 
 
-@contextlib.contextmanager
-def no_autocast():
-    """Switch autocast off, also where a network's code switches it on; yield the dtypes it names.
-
-    An outer autocast(enabled=False) would lose to the network's own.
-    """
-    import torch
-
-    dtypes = set()
-
-    def enter(autocast):
-        dtypes.update([autocast.fast_dtype] if autocast._enabled else [])
-        return autocast
-
-    with mock.patch.multiple(torch.autocast, __enter__=enter, __exit__=lambda *_: None):
-        yield dtypes
-
-
-def get_dtype(model):
-    """What a network computes in: float32, or what a half-precision one has."""
-    import torch
-
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def get_logits(output):
-    """What a forward returns, or the `logits` in it: transformers' networks return an object."""
-    if isinstance(output, dict):
-        return output.get("logits", output)
-    return getattr(output, "logits", output)
-
-
 def scale_frame(preprocessing, width, height):
     """The same preprocessing for pictures of another width and height, px; None: as it is."""
     p = preprocessing
@@ -451,7 +426,8 @@ def calibrate(model, width, height):
             if (parameter == parameter.flatten()[0]).all():
                 parameter += 0.02 * torch.randn_like(parameter)
     if hooks:
-        run_forward(model, batch.to(get_dtype(model)))
+        with no_autocast():
+            run_forward(model, batch.to(get_dtype(model)))
     for hook in hooks:
         hook.remove()
 
@@ -479,10 +455,13 @@ def load_weights(request, build):
     except RuntimeError as error:
         reason = one_line(error).partition(": ")[2][:200]
         hint = "if you changed its head or stem, give --model_name MODULE:FUNCTION --weights FILE"
+        if re.search(r"size mismatch for \S*pos", reason):  # a position embedding
+            hint = "if it was trained with pictures of another size, give --frame_size"
         raise RequestError(f"{path}: not the weights of {request.name}: {reason}; {hint}") from None
     for key, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise RequestError(f"{path}: {key} isn't a tensor of finite numbers")
+    model.class_names = find_class_names(checkpoint)
     return model.eval()
 
 

@@ -148,6 +148,44 @@ def test_own_architecture(run, folder):
     assert read_answer(result) == near(2 * logits)
 
 
+NAMES = [f"a{i}" for i in range(10)]
+NUMBERED, INDICES = dict(enumerate(NAMES)), {name: i for i, name in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        f"Net.config = types.SimpleNamespace(id2label={NUMBERED})",
+        f"def build():\n    net = Net()\n    net.names = {NUMBERED}\n    return net",
+        f"def build():\n    net = Net()\n    net.class_to_idx = {INDICES}\n    return net",
+    ],
+)
+def test_class_names_that_a_network_carries(own, more):
+    assert own(more=more).class_names == NAMES
+
+
+@pytest.mark.parametrize("names", [[f"LABEL_{i}" for i in range(10)], NAMES[:9], list(range(10))])
+def test_class_names_that_are_none(run, folder, names):
+    """Made up, or too few."""
+    labels = dict(enumerate(names))
+    write(folder / "my_module.py", more=f"Net.config = types.SimpleNamespace(id2label={labels})")
+    assert "class names" not in get_output(run("py_to_py_cls.py", *CONVERT, "my_module:build"))
+    assert not list((folder / "models").glob("*classes*"))
+
+
+def test_class_names_of_a_checkpoint(run, folder):
+    """They come along, unless --classes names others."""
+    write(folder / "my_module.py")
+    torch.save({"model": build().state_dict(), "classes": NAMES}, folder / "my.pth")
+    (folder / "mine.txt").write_text("b\n" * 10)
+    options = [*CONVERT, "my_module:build", "--weights", "my.pth", "--test", "True"]
+    result = run("py_to_py_cls.py", *options)
+    assert "class names: the network's own, a0, a1, " in get_output(result)
+    assert re.search(r"label: a\d$", result.stdout, re.M)
+    result = run("py_to_py_cls.py", *options, "--classes", "mine.txt")
+    assert "class names" not in get_output(result) and "label: b\n" in result.stdout
+
+
 WIDE = {"input_size": (3, 32, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.8}
 
 

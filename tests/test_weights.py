@@ -377,6 +377,15 @@ def test_checkpoint_that_numpy_1_wrote(tmp_path, seven):
     check_loaded(tmp_path / "my.pth", seven)
 
 
+def test_position_embedding_of_another_size(tmp_path):
+    with torch.device("meta"):
+        state = models.vit_b_32(image_size=384).state_dict()
+    state = {key: torch.zeros(value.shape) for key, value in state.items()}
+    torch.save(state, tmp_path / "my.pth")
+    with pytest.raises(RequestError, match="size mismatch for encoder.pos_embedding.*--frame_size"):
+        load_network(Request("vit_b_32", str(tmp_path / "my.pth")))
+
+
 # --- bad files ------------------------------------------------------------------------------------
 
 
