@@ -9,20 +9,29 @@ import importlib.util
 import pathlib
 import re
 import warnings
+import zipfile
 from collections import Counter, OrderedDict
 
 import numpy as np
 
 from classification import RequestError
 
-# Types that a checkpoint may hold beside tensors: they are data and run nothing.
-INERT_TYPES = [
+# Types and functions that a checkpoint may need beside tensors: they are data and run nothing.
+INERT = [
     argparse.Namespace,
     pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath,
-    np.dtype,
-    np._core.multiarray.scalar,
-    *(type(np.dtype(code)) for code in "?bhilqBHILQefdU"),
+    bytes,
+    np.dtype, np.ndarray,
+    *(kind for code in np.typecodes["All"] for kind in (type(np.dtype(code)), np.dtype(code).type)),
+    *((getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
+      for name in ("_reconstruct", "scalar") for core in ("core", "_core")),  # NumPy 1, and 2
 ]  # fmt: skip
+
+PROGRAMS = {  # {a file in their archives: (what they are, how they are loaded)}
+    "constants.pkl": ("a TorchScript archive", "torch.jit.load({!r}, 'cpu')"),
+    "archive_format": ("a torch.export program", "torch.export.load({!r})"),
+    "serialized_exported_program.json": ("a torch.export program", "torch.export.load({!r})"),
+}
 
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception v3, for training
 
@@ -31,10 +40,17 @@ def read_checkpoint(path):
     """What torch.load finds in a checkpoint file; RequestError if it isn't one, or may run code."""
     import torch
 
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            files = {name.rpartition("/")[2] for name in archive.namelist()}
+        for kind, load in (PROGRAMS[file] for file in PROGRAMS if file in files):
+            code = f"import torch; build = lambda: {load.format(str(path))}"
+            hint = f"write `{code}` to my_net.py, and give --model_name my_net:build"
+            raise RequestError(f"{path}: {kind}, a network and no state dict; {hint}")
     if str(path).endswith(".safetensors") and importlib.util.find_spec("safetensors") is None:
         raise RequestError(f"{path}: to read it, pip install safetensors")
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(INERT_TYPES):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(INERT):
             warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
             # weights_only: a pickle can run any code, and a downloaded file is a stranger's
             return torch.load(path, map_location="cpu", weights_only=True)

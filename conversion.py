@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import traceback
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,15 @@ from unittest import mock
 
 import cv2
 
-from classification import ENGINES, RANDOM_SUFFIX, ZOO_NAME, RequestError, get_load_info, read_zoo
+from classification import (
+    ENGINES,
+    RANDOM_SUFFIX,
+    ZOO_NAME,
+    RequestError,
+    get_load_info,
+    one_line,
+    read_zoo,
+)
 from common import SCRIPT_DIR, NetworksDisagree, get_digest, get_hash, whole_file
 from locate import locate
 from test_config import MODELS_DIR
@@ -41,7 +48,7 @@ class Converted:
 
 
 class NotConvertible(RequestError):
-    """The network's code is such that no exporter's file can be right for every picture."""
+    """No exporter can convert this network correctly."""
 
 
 def get_onnx_path(request):
@@ -69,7 +76,7 @@ def get_made_from(request):
     about = asdict(request) | {"opencv": cv2.__version__}
     about["weights"] = get_digest(request.weights) if request.is_file else request.weights.lower()
     about |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnx")}
-    for name in ("checkpoints", "conversion", "networks", "onnx_rewrites", "verify"):
+    for name in ("branches", "checkpoints", "conversion", "networks", "onnx_rewrites", "verify"):
         about[f"{name}.py"] = get_digest(SCRIPT_DIR / f"{name}.py")
     return get_hash(about)
 
@@ -111,13 +118,14 @@ def convert(network, references, allow_branches=False):
     _, sample_blob, logits = references[0]  # the picture's
     older = ", in the place of another file" if path.exists() else ""
     failures = []
+    if not allow_branches:
+        check_branches(network.model, sample_blob)
     with whole_file(path) as part:
         for dynamo in (False, True):
             print(f"exporting {network.request.name} ...", flush=True)
             try:
-                warned = export(network.model, part, sample_blob.shape, dynamo)
-                check_branches(network.model, sample_blob.shape, warned, allow_branches)
-                rewrite(part)
+                export(network.model, part, sample_blob.shape, dynamo)
+                rewrite(part, allow_branches)
                 engines = check(part, references)
                 break
             except NotConvertible:
@@ -126,7 +134,8 @@ def convert(network, references, allow_branches=False):
                 print(error, flush=True)
                 failures.append(error)
         else:
-            raise min(failures, key=lambda error: error.exit_code)  # 1, a wrong answer, before 2
+            # exit code 1, a wrong answer, before 2
+            raise min(failures, key=lambda error: (error.exit_code, is_vague(error)))
         hashes = get_load_info(part), get_made_from(network.request)
         converted = Converted(path, engines, logits.shape[1], *hashes)
     if "data_sha1" not in converted.load_info:
@@ -137,12 +146,32 @@ def convert(network, references, allow_branches=False):
     return converted
 
 
+def check_branches(model, sample_blob):
+    """Raise RequestError if the network's code branches on the values of its input."""
+    import torch
+
+    from branches import find_branch
+
+    option = "--allow_branches True converts it anyway"
+    try:
+        with quiet():
+            line = find_branch(model, torch.from_numpy(sample_blob).clone())
+    except (Exception, SystemExit) as error:  # of code that ran without the modes that watch it
+        reason = f"{type(error).__name__}: {one_line(error)[:100]}"
+        raise RequestError(f"can't tell whether the network branches: {reason}; {option}") from None
+    if line:
+        raise RequestError(
+            f"the network branches on its input ({line}), and its file would be wrong for pictures "
+            f"that take another branch: use torch.where instead; {option}"
+        )
+
+
 def export(model, path, blob_shape, dynamo):
     """Export to ONNX for any batch size, with PyTorch's TorchScript exporter or the new one.
 
     TorchScript's is deprecated since PyTorch 2.9, but several times faster, and OpenCV 5.0.0 reads
     its graphs with fewer rewrites. The new one, dynamo, knows operators that TorchScript's lacks.
-    Returns the lines of code about which the tracer warns. Raises RequestError if it fails.
+    Raises RequestError if it fails.
     """
     import torch
 
@@ -157,27 +186,20 @@ def export(model, path, blob_shape, dynamo):
         options["dynamic_axes"] = {"input": {0: "batch"}, "output": {0: "batch"}}
     options |= {"f": str(path), "input_names": ["input"], "output_names": ["output"]}
     try:
-        with quiet() as warned:
+        with quiet():
             torch.onnx.export(model, dynamo=dynamo, **options)
     except (Exception, SystemExit) as error:  # whatever the exporter or the network's code raises
         exporter = "PyTorch's new exporter" if dynamo else "PyTorch's TorchScript exporter"
+        problem = f"{exporter} can't export the network for {size[2]}x{size[1]} pictures"
+        while error.__cause__:  # the new one's own error only says which step failed
+            error = error.__cause__
         reason = str(error).strip().split("\n")[0].split(". ")[0][:100]
-        problem = f"can't export the network for {size[2]}x{size[1]} pictures"
-        raise RequestError(f"{exporter} {problem}: {type(error).__name__}: {reason}") from None
-    return warned
+        raise RequestError(f"{problem}: {type(error).__name__}: {reason}") from None
 
 
 @contextlib.contextmanager
 def quiet():
-    """Keep the exporters' output off the terminal; yield the lines of code the tracer warns of."""
-    import torch
-
-    warned = []
-
-    def show(message, category, *_):
-        if issubclass(category, torch.jit.TracerWarning):
-            warned.append(find_line(traceback.extract_stack()))
-
+    """Keep PyTorch's warnings, and its exporters' output, off the terminal."""
     # A failing export prints pages of its graph, because setup_onnx_logging switches that on
     # whether it was on or not (seen with PyTorch 2.14 and 2.15): so disarm the switch.
     with (
@@ -185,58 +207,15 @@ def quiet():
         mock.patch("torch._C._jit_set_onnx_log_enabled"),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        warnings.simplefilter("always")
-        warnings.showwarning = show
+        warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:
-            yield warned
+            yield
         finally:
             logging.disable(logging.NOTSET)
 
 
-def find_line(frames):
-    """Your code's line in a stack: that of the last frame that isn't PyTorch's or ours."""
-    import torch
-
-    others = (os.path.join(os.path.dirname(torch.__file__), ""), warnings.__file__, __file__)
-    yours = [frame for frame in frames if not frame.filename.startswith(others)]
-    frame = (yours or frames)[-1]
-    return f"{frame.filename}, line {frame.lineno}: {frame.line}"
-
-
-def check_branches(model, blob_shape, warned, allow_branches=False):
-    """Raise NotConvertible if the network's code branches on the values of its input.
-
-    Tracing keeps the one branch that it sees, and the file is silently wrong for pictures that
-    take the other. The tracer also warns about branches on shapes (ViT, Swin), which are harmless;
-    torch.export tells the two apart, if it can run the network; if not, it is a RequestError, and
-    the new exporter may do better. warned: from `export`.
-    """
-    import torch
-    from torch._subclasses.fake_tensor import DataDependentOutputException
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-    batch, shapes = torch.zeros(2, *blob_shape[1:]), ({0: torch.export.Dim("batch")},)
-    try:
-        with quiet():
-            torch.export.export(model, (batch,), dynamic_shapes=shapes, strict=False)
-        return
-    except (Exception, SystemExit) as error:
-        cause = error
-    while cause is not None:
-        if isinstance(cause, (GuardOnDataDependentSymNode, DataDependentOutputException)):
-            line = find_line(traceback.extract_tb(cause.__traceback__))
-            problem = f"the network branches on its input ({line})"
-            raise NotConvertible(f"{problem}, and a converted one can't: use torch.where instead")
-        cause = cause.__context__
-    if warned and not allow_branches:
-        raise RequestError(
-            f"the network may branch on its input ({warned[0]}), and its file may be wrong for "
-            "pictures that take another branch; --allow_branches True converts it"
-        )
-
-
-def rewrite(path):
+def rewrite(path, allow_branches=False):
     """Put the exported graph into a form that OpenCV reads correctly.
 
     protobuf holds at most 2 GB: the weights of a larger network go to a second file, PATH.data.
@@ -248,9 +227,12 @@ def rewrite(path):
 
     proto = onnx.load(path)
     branches = {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan"}
-    if branches:
+    if branches and not allow_branches:
         problem = f"the exported graph branches ({', '.join(branches)}: is it scripted?)"
-        raise RequestError(f"{problem}, and can be verified on one side only: use torch.where")
+        raise RequestError(
+            f"{problem}, and can be verified on one side only: use torch.where; "
+            "--allow_branches True converts it anyway"
+        )
     for value in (proto.graph.input[0], proto.graph.output[0]):
         if not value.type.tensor_type.shape.dim[0].dim_param:
             raise NotConvertible("the file takes one batch size only: does forward loop over it?")
@@ -264,18 +246,24 @@ def rewrite(path):
 
 
 def check(path, references):
-    """OpenCV's engines that are right, the fastest first; NetworksDisagree if none is.
+    """OpenCV's engines that are right, the fastest first.
 
-    Prints where the others go wrong.
+    Raises NetworksDisagree if none is, and prints where each goes wrong.
     """
     engines, failures = verify(path, references)
+    if engines:
+        return engines
     for engine, reason in failures.items():
         print(f"first wrong node, {engine} engine: ", end="", flush=True)  # it can take seconds
         where = locate(path, engine, references)
         print(where, flush=True)
-        node = where.partition(": ")[0]
-        failures[engine] = f"{engine} engine: {reason}; first wrong node: {node}"
-    if not engines:
-        reason = next(iter(failures.values()))
-        raise NetworksDisagree(f"OpenCV {cv2.__version__} doesn't give PyTorch's answer, {reason}")
-    return engines
+        failures[engine] = f"{engine} engine: {reason}"
+        if where not in reason:
+            failures[engine] += f"; first wrong node: {where.partition(': ')[0]}"
+    reason = min(failures.values(), key=is_vague)
+    raise NetworksDisagree(f"OpenCV {cv2.__version__} doesn't give PyTorch's answer, {reason}")
+
+
+def is_vague(failure):
+    """Whether a failure doesn't say which node is wrong."""
+    return str(failure).endswith(("node: unknown", "node: none"))

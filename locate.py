@@ -11,9 +11,11 @@ is fused with those before it.
 """
 
 import multiprocessing
+import re
 import signal
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,8 @@ from verify import EACH_ENGINE, MAX_RELATIVE_ERROR, compare, run_engine_apart
 MAX_BYTES = 2**29  # of the file
 MAX_PIXELS = 512 * 512  # of a picture
 MAX_SECONDS = 60
+
+REFUSED = "can't read the file: (.*(?:not supported|Can't create layer).*)"
 
 
 def locate(onnx_path, engine, references=()):
@@ -42,6 +46,12 @@ def locate(onnx_path, engine, references=()):
 def find_first_wrong(onnx_path, engine, references, deadline):
     """What `locate` returns; deadline: of time.monotonic, for the cuts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    warnings.simplefilter("ignore")  # NumPy's, about what a wrong network computes
+    try:  # OpenCV names a node that it can't read
+        run_engine_apart(onnx_path, engine, [], deadline - time.monotonic())
+    except NetworksDisagree as failure:
+        if refused := re.match(REFUSED, str(failure)):
+            return refused[1]
     try:
         proto, tensors = evaluate(onnx_path, references)
     except Exception as error:  # onnx lacks operators, and raises whatever NumPy raises

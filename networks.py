@@ -12,9 +12,9 @@ import difflib
 import http.client
 import importlib.util
 import os
+import re
 import socket
 import sys
-import traceback
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints import find_state_dict, read_checkpoint
+from class_names import find_class_names
 from classification import RANDOM, RequestError, one_line, scale_resize
 from common import SCRIPT_DIR, SEED, Preprocessing, get_digest, read_tutorial
 from default_preprocess_config import PYTORCH_RSZ_HEIGHT, pytorch_resize_input_blob
+from forward import get_dtype, get_logits, no_autocast, run_forward
 from preprocessing import GREY, run_transform
 from transforms import find_transform, get_own_size, is_factory, measure_and_prove
 
@@ -81,6 +83,7 @@ class Network:
     transform: object = None  # of PIL pictures, that the preprocessing was measured on
     transform_name: str = ""
     published: dict = field(default_factory=dict)  # {"acc@1": %, ...} of torchvision's weights
+    class_names: list = field(default_factory=list)  # that it or its checkpoint carries
 
 
 def load_network(request, or_random=True, test_picture=None):
@@ -147,8 +150,9 @@ def load_torchvisions(request, or_random, transform=None, test_picture=None):
         request, weights, published = replace(request, weights=RANDOM), RANDOM, {}
         model = build()
     network = Network(
-        request, weights, model.eval(), preprocessing, True, transform, title, published
-    )
+        request, weights, model.eval(), preprocessing, True, transform, title, published,
+        find_class_names(vars(model)),
+    )  # fmt: skip
     add_grey(network, measured.mix)
     return network
 
@@ -236,6 +240,10 @@ def load_own(request, transform=None, test_picture=None):
         )
     p = measured.preprocessing if measured else scale_frame(IMAGENET, *own_size or (None, None))
     network = Network(request, Path(weights).name, model, p, measured is not None, transform, title)
+    config = getattr(model, "config", None)
+    network.class_names = find_class_names(
+        vars(model) | {"id2label": getattr(config, "id2label", None)}
+    )
     if measured:
         add_grey(network, measured.mix)
     elif takes_grey(model, p.width, p.height):
@@ -304,15 +312,19 @@ def build_own(name):
         model = import_yours("--model_name", name)
         if not isinstance(model, torch.nn.Module):
             model = model()
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
     if not isinstance(model, torch.nn.Module):
         raise RequestError(f"--model_name {name}: returns {type(model).__name__}, not an nn.Module")
     while isinstance(model, torch.nn.DataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, torch.nn.DataParallel) else model._orig_mod
+    check_float(f"--model_name {name}", model.state_dict())
     try:
         return model.cpu().eval()
-    except NotImplementedError:  # a torch.export program's (PyTorch 2.15)
-        problem = "returns an exported program; return the module it was made of"
-        raise RequestError(f"--model_name {name}: {problem}") from None
+    except NotImplementedError:  # a torch.export program's, which has no modes
+        program, model = model, torch.nn.Module()
+        model.forward = lambda batch: program(batch)
+        return model.eval()
 
 
 def import_yours(option, name):
@@ -360,29 +372,19 @@ def adapt_own(network):
     batch = torch.randn(1, 3, preprocessing.height, preprocessing.width)
     dtype = get_dtype(model)
     before = get_logits(run_forward(model, batch.to(dtype)))
-    output = run_forward(model.float(), batch)
+    with no_autocast() as dtypes:
+        output = run_forward(model.float(), batch)
+    if dtypes:
+        model.forward = no_autocast()(model.forward)
     if get_logits(output) is not output:
         print(f"{name}: taking the `logits` of what it returns")
         model.register_forward_hook(lambda module, inputs, output: get_logits(output))
     after = get_logits(output)
-    if dtype != torch.float32 and torch.is_tensor(after):
+    kinds = sorted(str(kind).removeprefix("torch.") for kind in {dtype, *dtypes} - {torch.float32})
+    if kinds and torch.is_tensor(after):
         change = float((after - before).abs().max() / after.abs().max())
-        kind = str(dtype).removeprefix("torch.")
-        print(f"{name}: converted as float32; the {kind} network itself differs by {change:.0e}")
-
-
-def get_dtype(model):
-    """What a network computes in: float32, or what a half-precision one has."""
-    import torch
-
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def get_logits(output):
-    """What a forward returns, or the `logits` in it: transformers' networks return an object."""
-    if isinstance(output, dict):
-        return output.get("logits", output)
-    return getattr(output, "logits", output)
+        kinds = " and ".join(kinds)
+        print(f"{name}: converted as float32; the {kinds} network itself differs by {change:.0e}")
 
 
 def scale_frame(preprocessing, width, height):
@@ -426,7 +428,8 @@ def calibrate(model, width, height):
             if (parameter == parameter.flatten()[0]).all():
                 parameter += 0.02 * torch.randn_like(parameter)
     if hooks:
-        run_forward(model, batch.to(get_dtype(model)))
+        with no_autocast():
+            run_forward(model, batch.to(get_dtype(model)))
     for hook in hooks:
         hook.remove()
 
@@ -441,7 +444,9 @@ def load_weights(request, build):
 
     path, model = request.weights, build().float()
     wanted = model.state_dict()
-    state = find_state_dict(read_checkpoint(path), wanted, path, request.weights_key)
+    checkpoint = read_checkpoint(path)
+    check_float(path, checkpoint)
+    state = find_state_dict(checkpoint, wanted, path, request.weights_key)
     # the head is the last parameter of two or more dimensions, in all of torchvision's networks
     head = [key for key, parameter in model.named_parameters() if parameter.ndim > 1][-1]
     shape = getattr(state.get(head), "shape", ())
@@ -452,28 +457,23 @@ def load_weights(request, build):
     except RuntimeError as error:
         reason = one_line(error).partition(": ")[2][:200]
         hint = "if you changed its head or stem, give --model_name MODULE:FUNCTION --weights FILE"
+        if re.search(r"size mismatch for \S*pos", reason):  # a position embedding
+            hint = "if it was trained with pictures of another size, give --frame_size"
         raise RequestError(f"{path}: not the weights of {request.name}: {reason}; {hint}") from None
     for key, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise RequestError(f"{path}: {key} isn't a tensor of finite numbers")
+    model.class_names = find_class_names(checkpoint)
     return model.eval()
 
 
-def run_forward(model, batch):
-    """What the network returns for a tensor (batch, 3, height, width).
+def check_float(source, values):
+    """Raise RequestError if there is a quantized tensor in a state dict, or in what holds one."""
+    from torch.utils._pytree import tree_leaves
 
-    If its code fails, its traceback is printed, and RequestError raised.
-    """
-    import torch
-
-    try:
-        with torch.no_grad():
-            return model(batch)
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        height, width = batch.shape[2:]
-        problem = f"the network can't take a {width}x{height} picture, {type(error).__name__}"
-        raise RequestError(f"{problem}; if it wants another size, give --frame_size") from None
+    if any(getattr(value, "is_quantized", False) for value in tree_leaves(values)):
+        problem = "its weights are quantized, which OpenCV can't take: convert the float network"
+        raise RequestError(f"{source}: {problem} that it was made of")
 
 
 def run_pytorch(model, blob):

@@ -20,6 +20,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+from class_names import as_file
 from classification import (
     BLOBS,
     ENGINES,
@@ -238,11 +239,16 @@ def get_converted(args, module_config, picture, names, data):
     outputs = references[0].logits.shape[1]
     if args.evaluate:  # before the export, which takes longer
         check_evaluation(network, data, outputs, args)
-    labels = fit_labels(names, args.classes, outputs)
+    own = network.class_names if len(network.class_names) == outputs and not args.classes else []
+    labels = [] if own else fit_labels(names, args.classes, outputs)
     print_assumptions(network, args.given, labels and not args.classes)
+    if own:
+        print(f"class names: the network's own, {', '.join(own)[:60]} ...")
     print(f"preprocessing: {describe(preprocessing)}")
     converted = convert(network, references, args.allow_branches)
-    write_entry(converted, preprocessing, module_config.classes if labels else None, options)
+    with as_file(own) as file:
+        classes = file if own else module_config.classes if labels else None
+        write_entry(converted, preprocessing, classes, options)
     return network, converted
 
 

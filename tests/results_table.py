@@ -115,11 +115,11 @@ def measure(name):
         path = Path(folder) / f"{name}.onnx"
         for exporter, dynamo in EXPORTERS.items():
             try:
+                check_branches(model, blob)
                 start = time.perf_counter()
-                warned = export(model, path, blob.shape, dynamo)
+                export(model, path, blob.shape, dynamo)
                 rewrite(path)
                 seconds = time.perf_counter() - start
-                check_branches(model, blob.shape, warned)
             except NotConvertible as error:
                 record["failure"] = str(error)
                 break

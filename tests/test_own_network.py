@@ -39,6 +39,7 @@ import argparse, collections, itertools, sys, types
 import numpy as np
 import torch
 from torch import nn
+from torchvision import transforms
 
 count = itertools.count()
 
@@ -147,6 +148,44 @@ def test_own_architecture(run, folder):
     assert read_answer(result) == near(2 * logits)
 
 
+NAMES = [f"a{i}" for i in range(10)]
+NUMBERED, INDICES = dict(enumerate(NAMES)), {name: i for i, name in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        f"Net.config = types.SimpleNamespace(id2label={NUMBERED})",
+        f"def build():\n    net = Net()\n    net.names = {NUMBERED}\n    return net",
+        f"def build():\n    net = Net()\n    net.class_to_idx = {INDICES}\n    return net",
+    ],
+)
+def test_class_names_that_a_network_carries(own, more):
+    assert own(more=more).class_names == NAMES
+
+
+@pytest.mark.parametrize("names", [[f"LABEL_{i}" for i in range(10)], NAMES[:9], list(range(10))])
+def test_class_names_that_are_none(run, folder, names):
+    """Made up, or too few."""
+    labels = dict(enumerate(names))
+    write(folder / "my_module.py", more=f"Net.config = types.SimpleNamespace(id2label={labels})")
+    assert "class names" not in get_output(run("py_to_py_cls.py", *CONVERT, "my_module:build"))
+    assert not list((folder / "models").glob("*classes*"))
+
+
+def test_class_names_of_a_checkpoint(run, folder):
+    """They come along, unless --classes names others."""
+    write(folder / "my_module.py")
+    torch.save({"model": build().state_dict(), "classes": NAMES}, folder / "my.pth")
+    (folder / "mine.txt").write_text("b\n" * 10)
+    options = [*CONVERT, "my_module:build", "--weights", "my.pth", "--test", "True"]
+    result = run("py_to_py_cls.py", *options)
+    assert "class names: the network's own, a0, a1, " in get_output(result)
+    assert re.search(r"label: a\d$", result.stdout, re.M)
+    result = run("py_to_py_cls.py", *options, "--classes", "mine.txt")
+    assert "class names" not in get_output(result) and "label: b\n" in result.stdout
+
+
 WIDE = "Net.config = types.SimpleNamespace(image_size=(32, 48))"
 
 
@@ -197,23 +236,23 @@ def test_a_training_script_as_module(run, folder, option, code, words):
     assert ("usage: train.py" in "".join(usage)) == (code == 2)
 
 
-OTHER_SIZE = "can't take a 56x56 picture, .* --frame_size"
-EXPORT = "torch.export.export(Net().eval(), (torch.zeros(1, 3, 56, 56),)).module()"
-
-
 @pytest.mark.parametrize(
     "returns, more, raised, words",
     [
         ("logits", "build = lambda: 1 / 0", "ZeroDivisionError: division by zero", ""),
-        ("int('my words')", "", "ValueError: .*'my words'", OTHER_SIZE),
-        ("sys.exit(0)", "", "SystemExit: 0", OTHER_SIZE),
+        (
+            "int('my words')",
+            "",
+            "ValueError: .*'my words'",
+            "line 19: return int.*; it must take a ",
+        ),
+        ("sys.exit(0)", "", "SystemExit: 0", "line 19: return sys.*SystemExit: 0; it must take a "),
         (
             "sys.exit(0) if torch.onnx.is_in_onnx_export() else logits",
             "",
             "",
             "can't export .*SystemExit",
         ),
-        ("logits", f"build = lambda: {EXPORT}", "", "returns an exported program; return the mod"),
     ],
 )
 def test_code_that_fails_as_the_user_sees_it(run, folder, returns, more, raised, words):
@@ -231,6 +270,48 @@ def test_code_that_fails_as_the_user_sees_it(run, folder, returns, more, raised,
     else:
         assert lines == []
     assert not [p for p in folder.rglob("*") if ".onnx" in p.name]
+
+
+SIZE, PICTURES_ALONE, CHANNELS = (
+    "give --frame_size",
+    "must take the pictures alone",
+    "have 3 channels",
+)
+OTHER = "it must take a float32 tensor"
+
+
+@pytest.mark.parametrize(
+    "returns, more, advice",
+    [
+        ("self.fc(x.flatten(1))", "", SIZE),
+        ("self.fc(x[:, 0, 0, 0].view(-1, 16))", "", SIZE),
+        ("logits + torch.zeros(1, 10).repeat(1, x.shape[-1] // 28)", "", SIZE),
+        ("nn.functional.conv2d(x, torch.zeros(1, 3, 99, 99))", "", SIZE),
+        ("nn.functional.layer_norm(x, (3, 32, 32))", "", SIZE),
+        ("check(x, x.shape[-1] == 32, '')", "", OTHER),
+        ("check(x, x.shape[-1] == 32, 'Wrong image height!')", "", SIZE),
+        ("logits", "Net.forward = lambda self, x, label: x", PICTURES_ALONE),
+        ("logits", "Net.forward = lambda self, *, label: label", PICTURES_ALONE),
+        ("self.conv(x[:, :2])", "", OTHER),
+        ("nn.functional.conv2d(x, torch.zeros(1, 4, 3, 3))", "", CHANNELS),
+        ("nn.functional.batch_norm(x, torch.zeros(4), torch.ones(4))", "", CHANNELS),
+        ("transforms.Normalize((0.5,) * 4, (0.2,) * 4)(x)", "", CHANNELS),
+        ("logits.view(1, 10)", "", "takes one picture but not 3"),
+        ("self.size", "", OTHER),
+        ("self.fc(x.half())", "", OTHER),
+        ("logits", "build = lambda: torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(9, 9)))",
+         SIZE),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_advice_for_a_forward_that_fails(own, capsys, returns, more, advice):
+    """About sizes only if the error is. PyTorch's own traceback says nothing of a wrong call."""
+    check = "def check(x, is_right, text):\n    assert is_right, text\n"
+    with pytest.raises(RequestError, match=f"the network's forward fails.*; .*{advice}") as caught:
+        get_references(own(returns, check + more).model, BLOB)
+    assert "\n" not in str(caught.value)
+    reached = advice not in (PICTURES_ALONE, CHANNELS)
+    assert ("Traceback" in capsys.readouterr().err) == reached
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -272,6 +353,27 @@ def test_a_prefix_that_is_the_networks_own(own):
     assert list(loaded) == list(saved) and all("module." in key for key in saved)
 
 
+EXPORTED = "torch.export.export(Net().eval(), (torch.ones(2, 3, 56, 56),), dynamic_shapes="
+EXPORTED += "({0: torch.export.Dim('batch')},))"
+
+
+@pytest.mark.parametrize("program", [EXPORTED, f"{EXPORTED}.module()", "torch.jit.load('net.pt')"])
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning"
+)
+def test_exported_programs_and_torchscript(own, convert_own, program):
+    """As torch.export.load and torch.jit.load return them."""
+    torch.jit.script(own().model).save("net.pt")
+    path = convert_own(more=f"build = lambda: {program}").path
+    assert np.allclose(read_onnx(path)(BLOB), run_torch(build(), BLOB), atol=1e-5)
+
+
+def test_a_quantized_network_is_refused(own):
+    quantize = "torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear})"
+    with pytest.raises(RequestError, match="my_module:build: its weights are quantized.*float"):
+        own(more=f"build = lambda: {quantize}")
+
+
 def test_a_function_of_an_installed_package():
     network = load_network(Request("torchvision.models.mnasnet:mnasnet0_5"))
     assert type(network.model).__name__ == "MNASNet" and not network.model.training
@@ -290,6 +392,33 @@ def test_half_precision_is_said_with_the_figure(own, capsys, dtype, bits, figure
     assert re.search(f"converted as float32.*{figure}", capsys.readouterr().out)
     own()
     assert "float32" not in capsys.readouterr().out
+
+
+AUTOCAST = """
+class Mixed(Net):
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, x):
+        return super().forward(x).float()
+
+build = Mixed
+"""
+
+
+@pytest.mark.parametrize(
+    "returns, more, kind",
+    [
+        ("logits", AUTOCAST, "bfloat16"),
+        ("torch.autocast('cpu', torch.float16)(self.fc)(x[:, 0, 0, :16]).float()", "", "float16"),
+        ("torch.autocast('cpu', enabled=False)(self.fc)(x[:, 0, 0, :16])", "", ""),
+    ],
+)
+def test_autocast_within_a_network_is_switched_off(convert_own, capsys, returns, more, kind):
+    """In its references and in its file."""
+    forward = read_onnx(convert_own(returns, more).path)
+    exact = build(re.sub(r"torch.autocast\(.*?\)\(self.fc\)", "self.fc", returns))
+    assert np.allclose(forward(BLOB), run_torch(exact, BLOB), atol=1e-6)
+    words = f"converted as float32; the {kind} network itself differs by [1-9]e-0[234]"
+    assert bool(re.search(words, capsys.readouterr().out)) == bool(kind)
 
 
 KEEPING = """
@@ -428,34 +557,85 @@ def test_a_conversion_that_fails(convert_own, tmp_path, change, error, words):
     assert {file: file.read_text() for file in path.parent.iterdir()} == older
 
 
-SURE = "the network branches on its input .*my_module.py, line {}: return logits".format(
+def test_the_new_exporters_reason_is_quoted(convert_own, capsys):
+    """It stands below "Failed to convert the exported program"."""
+    with pytest.raises(RequestError, match="'aten::special_i0e'"):
+        convert_own("torch.special.i0e(logits)")
+    assert re.search("new exporter can't .*: No ONNX function .*i0e", capsys.readouterr().out)
+
+
+BRANCHES = "the network branches on its input .*my_module.py, line {}: return ".format(
     MY_MODULE[: MY_MODULE.index("return")].count("\n") + 1
 )
-UNSURE = SURE.replace("branches", "may branch") + ".*--allow_branches True converts it"
+REMEMBERS = """
+class Remembers(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x):
+        logits = super().forward(x)
+        {}
+        return logits + 1 if self.seen.sum() > 1e6 else logits
+
+build = Remembers
+"""
+SCRIPT = "build = lambda: torch.jit.script(Net())"
+STATE = "Net.ready = torch.tensor([True]); Net.norm = transforms.Normalize((0.5,) * 3, (0.2,) * 3)"
 
 
 @pytest.mark.parametrize(
     "returns, more, words",
     [
-        ("logits + 1 if x.max() > 1e6 else logits", "", SURE),
-        ("logits + 1 if torch.allclose(x[:, 0], x[:, 1] + 1e6) else logits", "", SURE),
-        ("logits + 1 if x[0, :, 0, 0].tolist()[0] > 1e6 else logits", "", SURE),
-        ("logits + 1 if x.detach().numpy().max() > 1e6 else logits", "", UNSURE),
-        ("logits + 1 if np.asarray(x).max() > 1e6 else logits", "", UNSURE),
-        (
-            "logits + 1 if bool(x.max() > 1e6) else logits",
-            "build = lambda: torch.jit.script(Net())",
-            "the exported graph branches .If",
-        ),
-        ("torch.cat([logits[i : i + 1] for i in range(len(x))])", "", "one batch size only"),
+        *((f"logits + 1 if {condition} else logits", "", BRANCHES) for condition in (
+            "x.max() > 1e6",
+            "x.max().item() > 1e6",
+            "torch.allclose(x[:, 0], x[:, 1] + 1e6)",
+            "x[0, :, 0, 0].tolist()[0] > 1e6",
+            "x.detach().numpy().max() > 1e6",
+            "np.asarray(x).max() > 1e6",
+            "torch.nonzero(x > 30).shape[0]",
+            "x[x > 30].numel()",
+            "torch.sparse.sum(x.flatten(1).to_sparse()) > 1e6",
+        )),
+        ("logits * torch.tensor([x.max()]).clamp(1e6) / 1e6", "", BRANCHES),
+        ("logits", REMEMBERS.format("self.seen[0] = x.mean()"), "1 if self.seen.sum"),
+        ("logits", REMEMBERS.format("self.seen.view(2, 2)[0, 0] = x.mean()"), "1 if self.seen.sum"),
+        ("logits", REMEMBERS.format("torch.sum(x, (0, 1, 2, 3), out=self.seen[0])"), "1 if self"),
+        # what it reads there is from the picture before
+        ("(logits + 1 if getattr(self, 'last', x.sum()) > 1e9 else logits, setattr(self, 'last', "
+         "x.sum()))[0]", "", BRANCHES),
+        ("logits + 1 if bool(x.max() > 1e6) else logits", SCRIPT, "branches .* .in scripted code"),
     ],
-)
+)  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 def test_what_is_right_for_some_pictures_only(convert_own, tmp_path, returns, more, words):
-    """None of the pictures shows it. The option takes nothing but what may be harmless."""
-    with pytest.raises(RequestError, match=words) as caught:
-        convert_own(returns, more, allow_branches=words != UNSURE)
+    """None of the pictures shows it."""
+    with pytest.raises(RequestError, match=f"{words}.*--allow_branches True") as caught:
+        convert_own(returns, more)
     assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*.onnx"))
+
+
+@pytest.mark.parametrize(
+    "returns, more",
+    [
+        ("2 * logits if self.ready else logits", STATE),
+        ("min(1.0, self.ready.sum().item() / 2) * logits", STATE),
+        ("logits * max(self.fc.weight.max().item(), 0.1)", ""),
+        ("logits * float(self.fc.bias.detach().numpy()[0]) + self.conv.bias.tolist()[0]", ""),
+        ("self.fc(torch.relu(self.conv(self.norm(x))).mean((2, 3)))", STATE),
+        ("logits.masked_fill(logits > 1, 0)", ""),
+        ("(str(x.mean()), logits)[1]", ""),
+    ],
+)  # fmt: skip
+def test_branches_on_its_own_state(own, returns, more):
+    """They are the same for every picture."""
+    conversion.check_branches(own(returns, more).model, BLOB)
+
+
+def test_a_file_for_one_batch_size(convert_own):
+    with pytest.raises(RequestError, match="one batch size only"):
+        convert_own("torch.cat([logits[i : i + 1] for i in range(len(x))])", "", True)
 
 
 def test_allow_branches(run, folder):

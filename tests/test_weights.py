@@ -9,6 +9,7 @@ import re
 import socket
 import socketserver
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -234,6 +235,11 @@ CHECKPOINTS = {
         "acc": np.float64(93.1), "loss": np.float32(0.5), "epoch": np.int64(5),
         "best": np.bool_(True), "net": prefixed(m, "module."),
     },
+    "NumPy arrays": lambda m: {
+        "model": m.state_dict(), "preds": np.zeros((5, 7)), "targets": np.zeros(0, np.int64),
+        "names": np.array(["a", "b"], dtype=object), "dtype": np.float32,
+        "rng": np.random.get_state(),
+    },
     "paths": lambda m: {
         "from": pathlib.Path("runs/1"), "at": pathlib.PureWindowsPath("C:/x"), "net": m.state_dict()
     },
@@ -359,6 +365,27 @@ def test_inception_that_was_trained_from_torchvisions(tmp_path, capsys):
     assert "transform_input=True" in capsys.readouterr().err
 
 
+def test_checkpoint_that_numpy_1_wrote(tmp_path, seven):
+    """Its modules had other names."""
+    state = {"model": seven.state_dict(), "acc": np.float64(93.1), "preds": np.zeros(3)}
+    content = io.BytesIO(saved(state))
+    with zipfile.ZipFile(content) as new, zipfile.ZipFile(tmp_path / "my.pth", "w") as old:
+        for name in new.namelist():
+            data = new.read(name)
+            assert (b"numpy._core" in data) == name.endswith("data.pkl")
+            old.writestr(name, data.replace(b"numpy._core", b"numpy.core"))
+    check_loaded(tmp_path / "my.pth", seven)
+
+
+def test_position_embedding_of_another_size(tmp_path):
+    with torch.device("meta"):
+        state = models.vit_b_32(image_size=384).state_dict()
+    state = {key: torch.zeros(value.shape) for key, value in state.items()}
+    torch.save(state, tmp_path / "my.pth")
+    with pytest.raises(RequestError, match="size mismatch for encoder.pos_embedding.*--frame_size"):
+        load_network(Request("vit_b_32", str(tmp_path / "my.pth")))
+
+
 # --- bad files ------------------------------------------------------------------------------------
 
 
@@ -375,6 +402,25 @@ def saved(checkpoint, **options):
     return file.getvalue()
 
 
+def torchscript():
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
+    return file.getvalue()
+
+
+def exported():
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)), file)
+    return file.getvalue()
+
+
+def quantized():
+    """Its weights are hidden in a tuple."""
+    linear = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    return torch.ao.quantization.quantize_dynamic(linear, {torch.nn.Linear}).state_dict()
+
+
+LOADED = r"bad.pth: {}, .*build = lambda: torch.{}.load\('.*bad.pth'.*--model_name my_net:build"
 CODE = "more than tensors.*could run code"
 FINITE = "classifier.1.bias isn't a tensor of finite numbers"
 OTHER = "not the weights of squeezenet1_1.*"
@@ -393,6 +439,9 @@ BAD_FILES = {  # {kind: (words of the message, the file's content or an object f
     "code in an older file": (CODE, lambda s: saved({"model": s, "args": ARGS}, **OLDER_FORMAT)),
     "code in NumPy objects": (CODE, lambda s: {"model": s, "acc": np.array([Code()])}),
     "model": ("squeezenet.SqueezeNet, could run code", lambda s: models.squeezenet1_1()),
+    "TorchScript": (LOADED.format("a TorchScript archive", "jit"), lambda s: torchscript()),
+    "torch.export": (LOADED.format("a torch.export program", "export"), lambda s: exported()),
+    "quantized": ("its weights are quantized.*float network", lambda s: {"model": quantized()}),
     "tensor": ("no weights of this network", lambda s: torch.zeros(3)),
     "no tensors": ("no weights.*epoch, args", lambda s: {"epoch": 3, "args": argparse.Namespace()}),
     "nan": (FINITE, lambda s: s | {BIAS: torch.full((1000,), np.nan)}),

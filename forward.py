@@ -1,0 +1,107 @@
+"""A batch in, what a network returns for it out; or where its code fails, and what to do."""
+
+import contextlib
+import os
+import re
+import traceback
+from unittest import mock
+
+from classification import RequestError, one_line
+from common import SCRIPT_DIR
+
+# What an error of forward is about, by its text.
+ABOUT_CHANNELS = r"got 3 channels|channel dimension|3 elements not|r a \(3\)|shape\[1\]|size\(1\)"
+ABOUT_SIZES = r"size|shape|height|width|resolution|dimension|divi|must match|bounds"
+NOT_ABOUT_SIZES = "^TypeError|^AttributeError|channels instead|when training"
+WRAP = "give MODULE:FUNCTION of a module around the network that"
+
+
+def get_dtype(model):
+    """What a network computes in: float32, or what a half-precision one has."""
+    import torch
+
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+@contextlib.contextmanager
+def no_autocast():
+    """Switch autocast off, also where a network's code switches it on; yield the dtypes it names.
+
+    An outer autocast(enabled=False) would lose to the network's own.
+    """
+    import torch
+
+    dtypes = set()
+
+    def enter(autocast):
+        dtypes.update([autocast.fast_dtype] if autocast._enabled else [])
+        return autocast
+
+    with mock.patch.multiple(torch.autocast, __enter__=enter, __exit__=lambda *_: None):
+        yield dtypes
+
+
+def run_forward(model, batch):
+    """What the network returns for a tensor (batch, 3, height, width).
+
+    If its code fails, RequestError says where, and what to do.
+    """
+    import torch
+
+    try:
+        with torch.no_grad():
+            return model(batch)
+    except (Exception, SystemExit) as error:
+        raise explain(error, model, batch) from None
+
+
+def get_logits(output):
+    """What a forward returns, or the `logits` in it: transformers' networks return an object."""
+    if isinstance(output, dict):
+        return output.get("logits", output)
+    return getattr(output, "logits", output)
+
+
+def explain(error, model, batch):
+    """The RequestError for what forward raises; prints its traceback if your code was reached."""
+    line = find_line(traceback.extract_tb(error.__traceback__)[1:])
+    reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+    if "TorchScript interpreter" in reason:  # the reason comes last
+        reason = str(error).strip().splitlines()[-1][:200]
+    # `assert x.shape[-1] == 32` has no text
+    about = f"{reason} {line}" if isinstance(error, AssertionError) else reason
+    if not line and "argument" in reason:
+        advice = f"forward must take the pictures alone: {WRAP} gives it the rest"
+    elif re.search(ABOUT_CHANNELS, about):
+        advice = f"pictures have 3 channels: {WRAP} makes the others of them"
+    else:
+        traceback.print_exception(error)
+        advice = "it must take a float32 tensor of shape (batch, 3, height, width)"
+        if len(batch) > 1 and takes(model, batch[:1]):
+            advice = f"it takes one picture but not {len(batch)}, and must take any number of them"
+        elif re.search(ABOUT_SIZES, about) and not re.search(NOT_ABOUT_SIZES, about):
+            advice = "if it wants pictures of another size, give --frame_size"
+    where = f" ({line})" if line else ""
+    return RequestError(f"the network's forward fails{where}: {reason.strip(': ')}; {advice}")
+
+
+def takes(model, batch):
+    """Whether the network can run a batch."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(batch)
+    except Exception:
+        return False
+    return True
+
+
+def find_line(frames):
+    """Your line in a stack, "FILE, line N: CODE": the last that isn't PyTorch's; "" if all are."""
+    import torch
+
+    ours = str(SCRIPT_DIR / "branches.py")  # which watches yours
+    others = os.path.join(os.path.dirname(torch.__file__), ""), contextlib.__file__, ours
+    yours = [frame for frame in frames if not frame.filename.startswith(others)]
+    return f"{yours[-1].filename}, line {yours[-1].lineno}: {yours[-1].line}" if yours else ""
