@@ -367,8 +367,12 @@ def your_modules(option):
 def adapt_own(network):
     """Make the network one in float32 that returns nothing but logits; say what that changes."""
     import torch
+    from torch.nn.utils import parametrize
 
     model, name, preprocessing = network.model, network.request.name, network.preprocessing
+    for module in filter(parametrize.is_parametrized, [*model.modules()]):
+        for tensor in [*module.parametrizations]:  # its value is a constant now
+            parametrize.remove_parametrizations(module, tensor)
     batch = torch.randn(1, 3, preprocessing.height, preprocessing.width)
     dtype = get_dtype(model)
     before = get_logits(run_forward(model, batch.to(dtype)))

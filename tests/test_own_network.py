@@ -368,6 +368,26 @@ def test_exported_programs_and_torchscript(own, convert_own, program):
     assert np.allclose(read_onnx(path)(BLOB), run_torch(build(), BLOB), atol=1e-5)
 
 
+NORM = "nn.utils.parametrizations."
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        f"net.fc = {NORM}weight_norm(net.fc)",
+        f"net.conv, net.fc = map({NORM}spectral_norm, (net.conv, net.fc))",
+        f"{NORM}orthogonal(net.fc)",
+        "nn.utils.parametrize.register_parametrization(net.conv, 'weight', nn.Softmax(1))",
+    ],
+)
+def test_parametrizations_become_constants(convert_own, change):
+    """Exporters lack their operators, or leave arithmetic before a weight, which OpenCV refuses."""
+    more = f"def build():\n    net = Net()\n    {change}\n    return net"
+    forward = read_onnx(convert_own(more=more).path)
+    expected = run_torch(sys.modules["my_module"].build().eval(), BLOB)
+    assert np.allclose(forward(BLOB), expected, atol=1e-5)
+
+
 def test_a_quantized_network_is_refused(own):
     quantize = "torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear})"
     with pytest.raises(RequestError, match="my_module:build: its weights are quantized.*float"):
