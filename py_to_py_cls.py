@@ -75,7 +75,7 @@ def get_parser():
         help="which state dict in a checkpoint file, model_ema for instance (default: the first "
         "that fits)")
     add("--allow_branches", default=False, **yes_no,
-        help="convert a network even if it may branch on the values of its input (default: False)")
+        help="convert a network even if it branches on the values of its input (default: False)")
     add("--transform", default="", type=model_name, metavar="MODULE:NAME",
         help="your validation transform, from a PIL picture to a tensor, or a function that makes "
         "it: it is measured (default: the transform of the network's library)")
