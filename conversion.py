@@ -76,15 +76,7 @@ def get_made_from(request):
     about = asdict(request) | {"opencv": cv2.__version__}
     about["weights"] = get_digest(request.weights) if request.is_file else request.weights.lower()
     about |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnx")}
-    for name in (
-        "branches",
-        "checkpoints",
-        "forward",
-        "conversion",
-        "networks",
-        "onnx_rewrites",
-        "verify",
-    ):
+    for name in ("checkpoints", "conversion", "forward", "networks", "onnx_rewrites", "verify"):
         about[f"{name}.py"] = get_digest(SCRIPT_DIR / f"{name}.py")
     return get_hash(about)
 

@@ -1,4 +1,4 @@
-"""A batch in, what a network returns for it out; or where its code fails, and what to do."""
+"""Run a network's code: in float32, and with a reason if it fails."""
 
 import contextlib
 import os
@@ -14,6 +14,33 @@ ABOUT_CHANNELS = r"got 3 channels|channel dimension|3 elements not|r a \(3\)|sha
 ABOUT_SIZES = r"size|shape|height|width|resolution|dimension|divi|must match|bounds"
 NOT_ABOUT_SIZES = "^TypeError|^AttributeError|channels instead|when training"
 WRAP = "give MODULE:FUNCTION of a module around the network that"
+
+
+def adapt_own(network):
+    """Make the network one in float32 that returns nothing but logits; say what that changes."""
+    import torch
+    from torch.nn.utils import parametrize
+
+    model, name, preprocessing = network.model, network.request.name, network.preprocessing
+    for module in filter(parametrize.is_parametrized, [*model.modules()]):
+        for tensor in [*module.parametrizations]:  # its value is a constant now
+            parametrize.remove_parametrizations(module, tensor)
+    batch = torch.randn(1, 3, preprocessing.height, preprocessing.width)
+    dtype = get_dtype(model)
+    before = get_logits(run_forward(model, batch.to(dtype)))
+    with no_autocast() as dtypes:
+        output = run_forward(model.float(), batch)
+    if dtypes:
+        model.forward = no_autocast()(model.forward)
+    if get_logits(output) is not output:
+        print(f"{name}: taking the `logits` of what it returns")
+        model.register_forward_hook(lambda module, inputs, output: get_logits(output))
+    after = get_logits(output)
+    kinds = sorted(str(kind).removeprefix("torch.") for kind in {dtype, *dtypes} - {torch.float32})
+    if kinds and torch.is_tensor(after):
+        change = float((after - before).abs().max() / after.abs().max())
+        kinds = " and ".join(kinds)
+        print(f"{name}: converted as float32; the {kinds} network itself differs by {change:.0e}")
 
 
 def get_dtype(model):

@@ -26,7 +26,7 @@ from class_names import find_class_names
 from classification import RANDOM, RequestError, one_line, scale_resize
 from common import SCRIPT_DIR, SEED, Preprocessing, get_digest, read_tutorial
 from default_preprocess_config import PYTORCH_RSZ_HEIGHT, pytorch_resize_input_blob
-from forward import get_dtype, get_logits, no_autocast, run_forward
+from forward import adapt_own, get_dtype, no_autocast, run_forward
 from preprocessing import GREY, run_transform
 from transforms import find_transform, get_own_size, is_factory, measure_and_prove
 
@@ -359,36 +359,13 @@ def your_modules(option):
         hint = 'put what a script runs under `if __name__ == "__main__":`'
         raise RequestError(f"{option}: {problem}; {hint}") from None
     finally:
+        for file in SCRIPT_DIR.glob("*.py"):  # yours of the same name
+            loaded = getattr(sys.modules.get(file.stem), "__file__", None)
+            if loaded and Path(loaded).resolve() != file:
+                del sys.modules[file.stem]
         sys.modules.update(hidden)
         sys.path[:] = [*path, os.getcwd()]  # for what your code imports later
         sys.argv = argv
-
-
-def adapt_own(network):
-    """Make the network one in float32 that returns nothing but logits; say what that changes."""
-    import torch
-    from torch.nn.utils import parametrize
-
-    model, name, preprocessing = network.model, network.request.name, network.preprocessing
-    for module in filter(parametrize.is_parametrized, [*model.modules()]):
-        for tensor in [*module.parametrizations]:  # its value is a constant now
-            parametrize.remove_parametrizations(module, tensor)
-    batch = torch.randn(1, 3, preprocessing.height, preprocessing.width)
-    dtype = get_dtype(model)
-    before = get_logits(run_forward(model, batch.to(dtype)))
-    with no_autocast() as dtypes:
-        output = run_forward(model.float(), batch)
-    if dtypes:
-        model.forward = no_autocast()(model.forward)
-    if get_logits(output) is not output:
-        print(f"{name}: taking the `logits` of what it returns")
-        model.register_forward_hook(lambda module, inputs, output: get_logits(output))
-    after = get_logits(output)
-    kinds = sorted(str(kind).removeprefix("torch.") for kind in {dtype, *dtypes} - {torch.float32})
-    if kinds and torch.is_tensor(after):
-        change = float((after - before).abs().max() / after.abs().max())
-        kinds = " and ".join(kinds)
-        print(f"{name}: converted as float32; the {kinds} network itself differs by {change:.0e}")
 
 
 def scale_frame(preprocessing, width, height):
