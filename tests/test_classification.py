@@ -446,8 +446,8 @@ def test_results_never_overwrite_each_other(classify, folder):
 
 
 def write_video(path, count):
-    """Koala and tripod in turn, 10 frames a second; return the two."""
-    names = ("koala.jpg", "camera_tripod.jpg")
+    """Koala and frying pan in turn, 10 frames a second; return the two."""
+    names = ("koala.jpg", "frying_pan.jpg")
     frames = [cv2.resize(cv2.imread(str(PICTURES / name)), (640, 480)) for name in names]
     fourcc = cv2.VideoWriter_fourcc(*("MJPG" if path.suffix == ".avi" else "mp4v"))
     writer = cv2.VideoWriter(str(path), fourcc, 10, (640, 480))
