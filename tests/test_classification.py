@@ -60,6 +60,15 @@ def test_engines_agree(classify):
         assert answer == (class_id, pytest.approx(confidence, abs=1e-4))
 
 
+def test_a_backend_needs_the_classic_engine(classify, monkeypatch):
+    """Which OpenCV's next release has not."""
+    engines = {name: n for name, n in classification.ENGINES.items() if name != "classic"}
+    monkeypatch.setattr(classification, "ENGINES", engines)
+    result = classify(KOALA, "--backend", "opencv")
+    check_one_line(result, "--backend opencv", "classic engine", "--engine new")
+    assert read_answer(classify(KOALA)) == read_answer(classify(KOALA, "--engine", "new"))
+
+
 @pytest.mark.parametrize("said", ["YES (ver 1.25.1)", "NO"])
 def test_onnx_runtime_is_offered_where_it_is(monkeypatch, said):
     """OpenCV 5.0.0 names the engine in every build, and takes another one without a word."""
