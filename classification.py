@@ -99,6 +99,8 @@ def run(main):
         set_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4.10, 5.0
         set_level(0)  # silent
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the same
+        # FFmpeg reads and writes what this does, which prints what it can't read
+        os.environ.setdefault("OPENCV_VIDEOIO_PRIORITY_CV_MJPEG", "0")
     if sys.stdout:  # None if it is closed; names that its encoding lacks are written as \u...
         sys.stdout.reconfigure(errors="backslashreplace")
     # kill raises SystemExit, so that temporary files are removed
@@ -703,8 +705,11 @@ def save(frames, path):
     finally:  # also after Ctrl-C, or if the input breaks off
         try:
             if number:
-                writer.release()  # isOpened stays true on a full disk, but the count is exact
-                if cv2.VideoCapture(str(part)).get(cv2.CAP_PROP_FRAME_COUNT) != number:
+                writer.release()
+                # on a full disk isOpened stays true, and a short .avi names frames that it lacks
+                capture = cv2.VideoCapture(str(part))
+                capture.set(cv2.CAP_PROP_POS_FRAMES, number - 1)
+                if capture.get(cv2.CAP_PROP_FRAME_COUNT) != number or not capture.grab():
                     raise InputError(f"{path}: can't be written whole: is the disk full?")
                 os.replace(part, path)
                 print(f"* saved: {path}", flush=True)

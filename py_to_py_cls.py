@@ -31,6 +31,7 @@ from classification import (
     check_preprocessing,
     describe,
     get_blob,
+    get_result_name,
     make_parser,
     read_lines,
     read_picture,
@@ -266,7 +267,7 @@ def run_test_module(converted, module_config):
     """Run classification.py on the converted network, as you would; return its exit code."""
     picture, name = Path(module_config.input_img), converted.path.stem
     suffix = picture.suffix if picture.suffix.lower() in SAVED_PICTURES else SAVED_PICTURES[0]
-    result = f"{picture.stem}_{name}_{module_config.test_module_name}{suffix}"
+    result = get_result_name(str(picture), f"_{name}_{module_config.test_module_name}{suffix}")
     command = [sys.executable, module_config.test_module_path, name]
     command += ["--zoo", str(converted.path.with_name(ZOO_NAME)), "--input", str(picture)]
     command += ["--output", os.path.join(RESULTS_DIR, result)]

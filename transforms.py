@@ -105,7 +105,7 @@ def prove(transform, measured, paths):
             differences.append(np.abs(np.subtract(*map(measured.get_levels, pair))))
         means = [float(difference.mean()) for difference in differences]
         found.append((max(means), float(np.max([d.max() for d in differences])), path))
-    return sorted(found)
+    return sorted(found, key=lambda row: row[:2])  # a path is no tie-break: some are str
 
 
 def measure_and_prove(transform, name, is_users, size=None, test_picture=None, is_grey=None):

@@ -34,7 +34,8 @@ MODELS = [
 # For this process's workers and the scripts: PyTorch's threads take no time from the other tests',
 # and glibc keeps the memory of large networks, which the kernel would clear again and again.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"  # which a process reads once, before its first video
+# which a process reads once, before its first video; the same as the scripts'
+os.environ |= {"OPENCV_FFMPEG_LOGLEVEL": "-8", "OPENCV_VIDEOIO_PRIORITY_CV_MJPEG": "0"}
 os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
