@@ -32,11 +32,11 @@ def replace_node(graph, index, text, **tensors):
         graph.node.insert(index, new)
 
 
-def insert_before(graph, index, position, op_type, *constants):
+def insert_before(graph, index, position, op_type):
     """Put a node before one of a node's inputs."""
     source = graph.node[index].input[position]
     name = get_new_name(graph, f"{graph.node[index].output[0]}_{op_type.lower()}")
-    graph.node.insert(index, make_node(op_type, [source, *constants], [name]))
+    graph.node.insert(index, make_node(op_type, [source], [name]))
     graph.node[index + 1].input[position] = name
 
 

@@ -104,7 +104,6 @@ def rewrite_gelu(graph):
     """
     producer = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name for tensor in graph.initializer}
-    constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
     used = [name for node in graph.node for name in node.input]
     used += [output.name for output in graph.output]
 
@@ -141,10 +140,9 @@ def rewrite_constant_of_shape(graph):
 
     OpenCV 5.0.0 requires the attribute: "blobs.size() == 1" (Swin from PyTorch's new exporter).
     """
-    zero = from_array(np.zeros(1, np.float32))
+    zero = onnx.helper.make_attribute("value", from_array(np.zeros(1, np.float32)))
     for _, node in find_nodes(graph, "ConstantOfShape"):
-        if get_attribute(node, "value") is None:
-            node.attribute.append(onnx.helper.make_attribute("value", zero))
+        node.attribute.extend([] if node.attribute else [zero])
 
 
 def rewrite_tanh(graph):
@@ -152,10 +150,9 @@ def rewrite_tanh(graph):
 
     OpenCV 5.0.0 returns nan for x of 50 and more.
     """
-    for index, node in find_nodes(graph, "Tanh"):
-        name = node.output[0]
-        limits = [add_constant(graph, f"{name}_{v}", np.float32(v)) for v in (-20, 20)]
-        insert_before(graph, index, 0, "Clip", *limits)
+    for index, _ in find_nodes(graph, "Tanh"):
+        text = "clipped = Clip(x, low, high) y = Tanh(clipped)"
+        replace_node(graph, index, text, low=np.float32(-20), high=np.float32(20))
 
 
 def rewrite_softplus(graph):
@@ -165,11 +162,8 @@ def rewrite_softplus(graph):
     """
     for index, _ in find_nodes(graph, "Softplus"):
         text = """
-            clipped = Clip(x, low, high)
-            below = Softplus(clipped)
-            rest = Sub(x, high)
-            above = Relu(rest)
-            y = Add(below, above)
+            clipped = Clip(x, low, high) below = Softplus(clipped)
+            rest = Sub(x, high) above = Relu(rest) y = Add(below, above)
         """
         replace_node(graph, index, text, low=np.float32(-1e30), high=np.float32(40))
 
@@ -190,17 +184,14 @@ def rewrite_batch_norm(graph):
         source = first = producer.get(node.input[0])
         while source is not None and source.op_type in activations:
             source = producer.get(source.input[0])
-        if source is None or source is first or source.op_type != "Conv":
+        if source in (None, first) or source.op_type != "Conv" or source.input[1] not in constants:
             continue
-        if source.input[1] not in constants:
-            continue
-        values = (to_array(constants[name]).astype(np.float64) for name in node.input[1:])
-        gamma, beta, mean, variance = values
+        gamma, beta, mean, variance = (np.float64(to_array(constants[n])) for n in node.input[1:])
         factor = gamma / np.sqrt(variance + get_attribute(node, "epsilon", 1e-5))
         shape = [-1] + [1] * (len(constants[source.input[1]].dims) - 2)
         factor, term = (np.float32(v).reshape(shape) for v in (factor, beta - mean * factor))
-        text = "scaled = Mul(x, factor) y = Add(scaled, term)"
-        replace_node(graph, index, text, factor=factor, term=term)
+        nodes = "scaled = Mul(x, factor) y = Add(scaled, term)"
+        replace_node(graph, index, nodes, factor=factor, term=term)
 
 
 def rewrite_col2im(graph, shapes):
@@ -226,10 +217,8 @@ def rewrite_col2im(graph, shapes):
         kernels = np.eye(rows * columns, dtype=np.float32).reshape(-1, 1, rows, columns)
         groups = channels // (rows * columns)
         options |= {"group": groups, "output_padding": rest}
-        text = f"""
-            blocked = Reshape(x, shape)
-            y = ConvTranspose <{write_attributes(options)}> (blocked, weights)
-        """
+        text = "blocked = Reshape(x, shape)"
+        text += f"y = ConvTranspose <{write_attributes(options)}> (blocked, weights)"
         shape = np.int64([0, channels, *blocks])
         replace_node(graph, index, text, shape=shape, weights=np.tile(kernels, (groups, 1, 1, 1)))
 
@@ -242,14 +231,11 @@ def rewrite_log_sum_exp(proto, shapes):
     for index, node in find_nodes(proto.graph, "ReduceLogSumExp"):
         axes, keepdims = get_axes(proto.graph, node, shapes), get_attribute(node, "keepdims", 1)
         if axes:
-            text = (
-                write_reduction(proto, "maximum", "ReduceMax", "x", axes, 1)
-                + "rest = Sub(x, maximum) exp = Exp(rest)"
-                + write_reduction(proto, "sum", "ReduceSum", "exp", axes, keepdims)
-                + write_reduction(proto, "m", "ReduceMax", "x", axes, keepdims)
-                + "log = Log(sum) y = Add(log, m)"
-            )
-            replace_node(proto.graph, index, text)
+            text = write_reduction(proto, "maximum", "ReduceMax", "x", axes, 1)
+            text += "rest = Sub(x, maximum) exp = Exp(rest)"
+            text += write_reduction(proto, "sum", "ReduceSum", "exp", axes, keepdims)
+            text += write_reduction(proto, "m", "ReduceMax", "x", axes, keepdims)
+            replace_node(proto.graph, index, text + "log = Log(sum) y = Add(log, m)")
 
 
 def rewrite_reduction(proto, shapes):
@@ -281,31 +267,25 @@ def rewrite_average_pool(graph, shapes):
         sizes = shapes.get(node.input[0], ())[2:]
         if not get_attribute(node, "ceil_mode", 0) or not sizes or None in sizes:
             continue
-        rank = len(sizes)
-        kernel = get_attribute(node, "kernel_shape")
-        strides, dilations = (get_attribute(node, n, [1] * rank) for n in ("strides", "dilations"))
+        rank, kernel = len(sizes), get_attribute(node, "kernel_shape")
+        strides, gaps = (get_attribute(node, n, [1] * rank) for n in ("strides", "dilations"))
         pads = get_attribute(node, "pads", [0] * 2 * rank)
+        padding = get_attribute(node, "count_include_pad", 0)
         factor, ends = np.ones([1] * (2 + rank)), []
-        for axis, size in enumerate(sizes):
-            start, end = pads[axis], pads[axis] + size  # of the picture, in the padded one
-            span = dilations[axis] * (kernel[axis] - 1) + 1
-            edge = end + pads[rank + axis]
-            count = -((span - edge) // strides[axis]) + 1
-            if (count - 1) * strides[axis] >= end:  # a window must begin in the picture
-                count -= 1
-            steps = np.arange(count)[:, None] * strides[axis]
-            taps = steps + np.arange(kernel[axis]) * dilations[axis]
-            if get_attribute(node, "count_include_pad", 0):
-                start, end = 0, edge
-            inside = ((taps >= start) & (taps < end)).sum(axis=1)
-            factor = factor * (kernel[axis] / inside).reshape([-1] + [1] * (rank - axis - 1))
-            ends.append(max(int(taps.max()) + 1, edge) - pads[axis] - size)
+        for axis, (size, length, stride) in enumerate(zip(sizes, kernel, strides, strict=True)):
+            before, behind = pads[axis], pads[rank + axis]
+            room = before + size + behind - gaps[axis] * (length - 1) - 1
+            windows = np.arange(-(-room // stride) + 1) * stride - before
+            windows = windows[windows < size]  # each begins in the picture
+            taps = windows[:, None] + np.arange(length) * gaps[axis]
+            inside = ((taps >= -before * padding) & (taps < size + behind * padding)).sum(axis=1)
+            factor = factor * (length / inside).reshape([-1] + [1] * (rank - axis - 1))
+            ends.append(max(taps.max() + 1 - size, behind))
         options = {"kernel_shape": kernel, "strides": strides}
-        options |= {"dilations": dilations} if max(dilations) > 1 else {}  # since opset 19
+        options |= {"dilations": gaps} if max(gaps) > 1 else {}  # since opset 19
         text = f"""
             padded = Pad(x, pads)
-            pooled = AveragePool <{write_attributes(options)}> (padded)
-            y = Mul(pooled, factor)
+            pooled = AveragePool <{write_attributes(options)}> (padded) y = Mul(pooled, factor)
         """
         pads = np.int64([0, 0, *pads[:rank], 0, 0, *ends])
         replace_node(graph, index, text, pads=pads, factor=np.float32(factor))
@@ -329,24 +309,21 @@ def rewrite_grouped_conv(graph):
             continue
         divisors = [n for n in range(2, groups + 1) if groups % n == 0]
         merged = next((n for n in divisors if not any(n * w % 8 for w in widths)), groups)
-        old = to_array(constants[node.input[1]])
-        new = np.zeros((outputs, merged, *old.shape[1:]), old.dtype)
-        new[np.arange(outputs), np.arange(outputs) // widths[1] % merged] = old
-        new = new.reshape(outputs, -1, *kernel)
-        node.input[1] = add_constant(graph, f"{node.output[0]}_weights", new)
+        weights, rows = np.zeros((outputs, merged, inputs, *kernel), np.float32), np.arange(outputs)
+        weights[rows, rows // widths[1] % merged] = to_array(constants[node.input[1]])
+        weights = weights.reshape(outputs, merged * inputs, *kernel)
+        node.input[1] = add_constant(graph, f"{node.output[0]}_weights", weights)
         next(a for a in node.attribute if a.name == "group").i = groups // merged
 
 
 def rewrite_one_channel(graph, shapes):
     """(b, 1, H, W) * (b, C, H, W) -> Identity(the former) * the latter, and so in other operators.
 
-    OpenCV 5.0.0's new engine keeps the channels of both in blocks of 8 and broadcasts the block of
-    the one channel, 7 zeros with it: wrong, or "C0 <= 1" (CBAM's spatial attention). Identity
-    takes no blocks.
+    OpenCV 5.0.0's new engine keeps channels in blocks of 8: that of the one channel is filled up
+    with 7 zeros, and repeated with them (CBAM's spatial attention). Identity takes no blocks.
     """
     for index, node in find_nodes(graph, *BROADCASTING):
         channels = [shapes.get(name, ())[1:2] for name in node.input]
-        alone = [i for i, own in enumerate(channels) if own == (1,)]
         if {*channels} - {(), (1,)}:
-            for count, position in enumerate(alone):
+            for count, position in enumerate(i for i, own in enumerate(channels) if own == (1,)):
                 insert_before(graph, index + count, position, "Identity")

@@ -1,4 +1,4 @@
-"""OpenCV 5.0.0: ReduceL2, Clip and Div, fused into Normalize, take longer than in steps."""
+"""OpenCV 5.0.0: ReduceL2 and Div, fused into Normalize, take several times as long as in steps."""
 
 import time
 
@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 
 TEXT = """<ir_version: 9, opset_import: ["": 17]> g (float[1, 500, 64, 32] x) =>
-(float[1, 500, 64, 32] y) <float low = {1e-12}> { %s clip = Clip(norm, low) y = Div(x, clip) }"""
+(float[1, 500, 64, 32] y) { %s y = Div(x, norm) }"""
 FUSED = "norm = ReduceL2 <axes = [-1]> (x)"
 STEPS = """axes = Constant <value = int64[1] {-1}> () square = Mul(x, x)
 sum = ReduceSum(square, axes) norm = Sqrt(sum)"""
