@@ -8,20 +8,46 @@ import re
 
 import numpy as np
 import onnx
-from onnx.helper import make_node
 from onnx.numpy_helper import from_array, to_array
+
+from onnx_folding import get_shapes
+from onnx_graph import (
+    add_constant,
+    find_nodes,
+    get_attribute,
+    get_axes,
+    insert_before,
+    remove_unused,
+    replace_node,
+    write_attributes,
+    write_reduction,
+)
+
+# OpenCV's layers of several operands that keep the channels in blocks of 8
+BROADCASTING = (
+    "Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean", "Pow", "Mod", "Where", "BitShift",
+    "And", "Or", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual",
+)  # fmt: skip
 
 
 def make_readable(proto):
     """Apply every rewrite to an onnx.ModelProto, in place."""
+    shapes = get_shapes(proto)
     rewrite_einsum(proto.graph)
     rewrite_matmul(proto.graph)
     rewrite_gelu(proto.graph)
     rewrite_hard_sigmoid(proto.graph)
     rewrite_constant_of_shape(proto.graph)
     rewrite_tanh(proto.graph)
+    rewrite_softplus(proto.graph)
     rewrite_batch_norm(proto.graph)
-    rewrite_col2im(proto.graph)
+    rewrite_col2im(proto.graph, shapes)
+    rewrite_log_sum_exp(proto, shapes)
+    rewrite_reduction(proto, shapes)
+    rewrite_average_pool(proto.graph, shapes)
+    rewrite_grouped_conv(proto.graph)
+    rewrite_one_channel(proto.graph, shapes)
+    remove_unused(proto.graph)
 
 
 def rewrite_einsum(graph):
@@ -31,7 +57,7 @@ def rewrite_einsum(graph):
     ONNX allows and torchvision's maxvit_t has, it writes past its tables.
     """
     for index, node in find_nodes(graph, "Einsum"):
-        equation = get_attribute(node, "equation").s.decode().replace(" ", "")
+        equation = get_attribute(node, "equation").decode().replace(" ", "")
         match = re.fullmatch("([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)", equation)  # two factors
         if not match or any(len({*letters}) < len(letters) for letters in match.groups()):
             continue
@@ -46,17 +72,17 @@ def rewrite_einsum(graph):
         # MatMul: (..., batch, row, summed) times (batch, summed, column)
         batch = [c for c in first if c in second and c in result]
         outer = [*rows[:-1], *batch, rows[-1]]
-        orders = [*outer, *summed], [*batch, *summed, *columns], [*outer, *columns]
-        ends = ("transposed_0", "transposed_1", "product")
-        *factors, product = (get_new_name(graph, f"{node.output[0]}_{end}") for end in ends)
-        nodes = []
-        for i, letters in enumerate((first, second)):
-            axes = [letters.index(c) for c in orders[i]]
-            nodes.append(make_node("Transpose", [node.input[i]], [factors[i]], perm=axes))
-        nodes.append(make_node("MatMul", factors, [product]))
-        axes = [orders[2].index(c) for c in result]
-        nodes.append(make_node("Transpose", [product], node.output, perm=axes))
-        replace_node(graph, index, *nodes)
+        product = [*outer, *columns]
+        left = [first.index(c) for c in (*outer, *summed)]
+        right = [second.index(c) for c in (*batch, *summed, *columns)]
+        back = [product.index(c) for c in result]
+        text = f"""
+            left = Transpose <perm = {left}> (x)
+            right = Transpose <perm = {right}> (second)
+            product = MatMul(left, right)
+            y = Transpose <perm = {back}> (product)
+        """
+        replace_node(graph, index, text, second=node.input[1])
 
 
 def rewrite_matmul(graph):
@@ -78,7 +104,6 @@ def rewrite_gelu(graph):
     """
     producer = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name for tensor in graph.initializer}
-    constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
     used = [name for node in graph.node for name in node.input]
     used += [output.name for output in graph.output]
 
@@ -106,8 +131,7 @@ def rewrite_hard_sigmoid(graph):
     exporter is then silently wrong. TorchScript's leaves beta out.
     """
     for _, node in find_nodes(graph, "HardSigmoid"):
-        beta = get_attribute(node, "beta")
-        if beta is not None and beta.f == 0.5:
+        for beta in [a for a in node.attribute if a.name == "beta" and a.f == 0.5]:
             node.attribute.remove(beta)
 
 
@@ -116,10 +140,9 @@ def rewrite_constant_of_shape(graph):
 
     OpenCV 5.0.0 requires the attribute: "blobs.size() == 1" (Swin from PyTorch's new exporter).
     """
-    zero = from_array(np.zeros(1, np.float32))
+    zero = onnx.helper.make_attribute("value", from_array(np.zeros(1, np.float32)))
     for _, node in find_nodes(graph, "ConstantOfShape"):
-        if get_attribute(node, "value") is None:
-            node.attribute.append(onnx.helper.make_attribute("value", zero))
+        node.attribute.extend([] if node.attribute else [zero])
 
 
 def rewrite_tanh(graph):
@@ -127,10 +150,22 @@ def rewrite_tanh(graph):
 
     OpenCV 5.0.0 returns nan for x of 50 and more.
     """
-    for index, node in find_nodes(graph, "Tanh"):
-        name = node.output[0]
-        limits = [add_constant(graph, f"{name}_{v}", np.float32(v)) for v in (-20, 20)]
-        insert_before(graph, index, 0, "Clip", *limits)
+    for index, _ in find_nodes(graph, "Tanh"):
+        text = "clipped = Clip(x, low, high) y = Tanh(clipped)"
+        replace_node(graph, index, text, low=np.float32(-20), high=np.float32(20))
+
+
+def rewrite_softplus(graph):
+    """Softplus(x) -> Softplus(Clip(x, -1e30, 40)) + Relu(x - 40), which is x above 40.
+
+    OpenCV 5.0.0 returns inf for x above 88. Clip has a lower limit because 4.10 requires both.
+    """
+    for index, _ in find_nodes(graph, "Softplus"):
+        text = """
+            clipped = Clip(x, low, high) below = Softplus(clipped)
+            rest = Sub(x, high) above = Relu(rest) y = Add(below, above)
+        """
+        replace_node(graph, index, text, low=np.float32(-1e30), high=np.float32(40))
 
 
 def rewrite_batch_norm(graph):
@@ -149,31 +184,22 @@ def rewrite_batch_norm(graph):
         source = first = producer.get(node.input[0])
         while source is not None and source.op_type in activations:
             source = producer.get(source.input[0])
-        if source is None or source is first or source.op_type != "Conv":
+        if source in (None, first) or source.op_type != "Conv" or source.input[1] not in constants:
             continue
-        if source.input[1] not in constants:
-            continue
-        values = (to_array(constants[name]).astype(np.float64) for name in node.input[1:])
-        gamma, beta, mean, variance = values
-        epsilon = get_attribute(node, "epsilon")
-        factor = gamma / np.sqrt(variance + (1e-5 if epsilon is None else epsilon.f))
+        gamma, beta, mean, variance = (np.float64(to_array(constants[n])) for n in node.input[1:])
+        factor = gamma / np.sqrt(variance + get_attribute(node, "epsilon", 1e-5))
         shape = [-1] + [1] * (len(constants[source.input[1]].dims) - 2)
-        name = node.output[0]
-        scale = add_constant(graph, f"{name}_factor", np.float32(factor).reshape(shape))
-        term = add_constant(graph, f"{name}_term", np.float32(beta - mean * factor).reshape(shape))
-        scaled = get_new_name(graph, f"{name}_scaled")
-        mul = make_node("Mul", [node.input[0], scale], [scaled])
-        add = make_node("Add", [scaled, term], [name])
-        replace_node(graph, index, mul, add)
+        factor, term = (np.float32(v).reshape(shape) for v in (factor, beta - mean * factor))
+        nodes = "scaled = Mul(x, factor) y = Add(scaled, term)"
+        replace_node(graph, index, nodes, factor=factor, term=term)
 
 
-def rewrite_col2im(graph):
+def rewrite_col2im(graph, shapes):
     """Col2Im -> Reshape, ConvTranspose, with kernels of a single 1 that put each value in place.
 
     OpenCV 5.0.0 has no Col2Im: "!empty()" (timm's VOLO, by PyTorch's new exporter).
     """
     constants = {t.name: to_array(t) for t in graph.initializer}
-    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.value_info}
     for index, node in find_nodes(graph, "Col2Im"):
         data, *sizes = node.input
         if data not in shapes or not {*sizes} <= constants.keys():
@@ -190,52 +216,114 @@ def rewrite_col2im(graph):
         channels = shapes[data][1]
         kernels = np.eye(rows * columns, dtype=np.float32).reshape(-1, 1, rows, columns)
         groups = channels // (rows * columns)
-        name = node.output[0]
-        shape = add_constant(graph, f"{name}_shape", np.int64([0, channels, *blocks]))
-        weights = add_constant(graph, f"{name}_weights", np.tile(kernels, (groups, 1, 1, 1)))
-        blocked = get_new_name(graph, f"{name}_blocks")
-        reshape = make_node("Reshape", [data, shape], [blocked])
         options |= {"group": groups, "output_padding": rest}
-        scatter = make_node("ConvTranspose", [blocked, weights], node.output, **options)
-        replace_node(graph, index, reshape, scatter)
+        text = "blocked = Reshape(x, shape)"
+        text += f"y = ConvTranspose <{write_attributes(options)}> (blocked, weights)"
+        shape = np.int64([0, channels, *blocks])
+        replace_node(graph, index, text, shape=shape, weights=np.tile(kernels, (groups, 1, 1, 1)))
 
 
-def find_nodes(graph, op_type):
-    """[(index, node)] of a kind, the last first: you may insert nodes while you go through it."""
-    return [(i, node) for i, node in enumerate(graph.node) if node.op_type == op_type][::-1]
+def rewrite_log_sum_exp(proto, shapes):
+    """ReduceLogSumExp(x) -> Log(ReduceSum(Exp(x - m))) + m, with m = ReduceMax(x).
+
+    OpenCV 5.0.0 adds up exp(x) as it is: inf for x above 88 (torch.logsumexp).
+    """
+    for index, node in find_nodes(proto.graph, "ReduceLogSumExp"):
+        axes, keepdims = get_axes(proto.graph, node, shapes), get_attribute(node, "keepdims", 1)
+        if axes:
+            text = write_reduction(proto, "maximum", "ReduceMax", "x", axes, 1)
+            text += "rest = Sub(x, maximum) exp = Exp(rest)"
+            text += write_reduction(proto, "sum", "ReduceSum", "exp", axes, keepdims)
+            text += write_reduction(proto, "m", "ReduceMax", "x", axes, keepdims)
+            replace_node(proto.graph, index, text + "log = Log(sum) y = Add(log, m)")
 
 
-def replace_node(graph, index, *nodes):
-    """Put `nodes`, in their order, in the place of one."""
-    del graph.node[index]
-    for node in reversed(nodes):
-        graph.node.insert(index, node)
+def rewrite_reduction(proto, shapes):
+    """A reduction over three or four axes -> over the last two of them, then over the others.
+
+    OpenCV 5.0.0 loses count from the third step along the first of three axes on, if they aren't
+    the tensor's last: ReduceMean over (0, 2, 3) is wrong for batches of 3 and more (BatchNorm
+    without running statistics). OpenCV 4 does so with the last ones, too.
+    """
+    kinds = [f"Reduce{kind}" for kind in ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2")]
+    parts = {kind: (kind, kind) for kind in kinds}
+    parts["ReduceSumSquare"] = "ReduceSumSquare", "ReduceSum"
+    parts["ReduceLogSum"] = "ReduceSum", "ReduceLogSum"
+    for index, node in find_nodes(proto.graph, *parts):
+        axes, keepdims = get_axes(proto.graph, node, shapes), get_attribute(node, "keepdims", 1)
+        if axes and len(axes) in (3, 4):
+            first, second = parts[node.op_type]
+            text = write_reduction(proto, "part", first, "x", axes[-2:], keepdims)
+            text += write_reduction(proto, "y", second, "part", axes[:-2], keepdims)
+            replace_node(proto.graph, index, text)
 
 
-def insert_before(graph, index, position, op_type, *constants):
-    """Put a node before one of a node's inputs."""
-    source = graph.node[index].input[position]
-    name = get_new_name(graph, f"{graph.node[index].output[0]}_{op_type.lower()}")
-    graph.node.insert(index, make_node(op_type, [source, *constants], [name]))
-    graph.node[index + 1].input[position] = name
+def rewrite_average_pool(graph, shapes):
+    """AveragePool(ceil_mode=1) -> Pad, AveragePool(ceil_mode=0), Mul by a constant.
+
+    OpenCV 5.0.0 is wrong for each window past the edge: AvgPool2d(2, ceil_mode=True) on 5x5.
+    """
+    for index, node in find_nodes(graph, "AveragePool"):
+        sizes = shapes.get(node.input[0], ())[2:]
+        if not get_attribute(node, "ceil_mode", 0) or not sizes or None in sizes:
+            continue
+        rank, kernel = len(sizes), get_attribute(node, "kernel_shape")
+        strides, gaps = (get_attribute(node, n, [1] * rank) for n in ("strides", "dilations"))
+        pads = get_attribute(node, "pads", [0] * 2 * rank)
+        padding = get_attribute(node, "count_include_pad", 0)
+        factor, ends = np.ones([1] * (2 + rank)), []
+        for axis, (size, length, stride) in enumerate(zip(sizes, kernel, strides, strict=True)):
+            before, behind = pads[axis], pads[rank + axis]
+            room = before + size + behind - gaps[axis] * (length - 1) - 1
+            windows = np.arange(-(-room // stride) + 1) * stride - before
+            windows = windows[windows < size]  # each begins in the picture
+            taps = windows[:, None] + np.arange(length) * gaps[axis]
+            inside = ((taps >= -before * padding) & (taps < size + behind * padding)).sum(axis=1)
+            factor = factor * (length / inside).reshape([-1] + [1] * (rank - axis - 1))
+            ends.append(max(taps.max() + 1 - size, behind))
+        options = {"kernel_shape": kernel, "strides": strides}
+        options |= {"dilations": gaps} if max(gaps) > 1 else {}  # since opset 19
+        text = f"""
+            padded = Pad(x, pads)
+            pooled = AveragePool <{write_attributes(options)}> (padded) y = Mul(pooled, factor)
+        """
+        pads = np.int64([0, 0, *pads[:rank], 0, 0, *ends])
+        replace_node(graph, index, text, pads=pads, factor=np.float32(factor))
 
 
-def add_constant(graph, name, value):
-    """Add an array to the graph; return the name that it gets."""
-    name = get_new_name(graph, name)
-    graph.initializer.append(from_array(value, name))
-    return name
+def rewrite_grouped_conv(graph):
+    """A grouped 1x1 Conv -> one with fewer groups, whose other weights are 0.
+
+    Above 56 channels a group, OpenCV 5.0.0's new engine takes a group's channels for whole blocks
+    of 8: it writes past its memory, or is wrong, if a group's inputs or outputs aren't a multiple.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for _, node in find_nodes(graph, "Conv"):
+        groups = get_attribute(node, "group", 1)
+        if groups == 1 or node.input[1] not in constants:
+            continue
+        outputs, inputs, *kernel = constants[node.input[1]].dims
+        widths = inputs, outputs // groups
+        steps = {*kernel, *get_attribute(node, "strides", [1])}
+        if steps != {1} or inputs <= 56 or not any(width % 8 for width in widths):
+            continue
+        divisors = [n for n in range(2, groups + 1) if groups % n == 0]
+        merged = next((n for n in divisors if not any(n * w % 8 for w in widths)), groups)
+        weights, rows = np.zeros((outputs, merged, inputs, *kernel), np.float32), np.arange(outputs)
+        weights[rows, rows // widths[1] % merged] = to_array(constants[node.input[1]])
+        weights = weights.reshape(outputs, merged * inputs, *kernel)
+        node.input[1] = add_constant(graph, f"{node.output[0]}_weights", weights)
+        next(a for a in node.attribute if a.name == "group").i = groups // merged
 
 
-def get_new_name(graph, name):
-    """The name, with underscores appended until no tensor has it."""
-    taken = {tensor for node in graph.node for tensor in (*node.input, *node.output)}
-    taken |= {tensor.name for tensor in (*graph.initializer, *graph.input, *graph.output)}
-    while name in taken:
-        name += "_"
-    return name
+def rewrite_one_channel(graph, shapes):
+    """(b, 1, H, W) * (b, C, H, W) -> Identity(the former) * the latter, and so in other operators.
 
-
-def get_attribute(node, name):
-    """The node's attribute, or None."""
-    return next((a for a in node.attribute if a.name == name), None)
+    OpenCV 5.0.0's new engine keeps channels in blocks of 8: that of the one channel is filled up
+    with 7 zeros, and repeated with them (CBAM's spatial attention). Identity takes no blocks.
+    """
+    for index, node in find_nodes(graph, *BROADCASTING):
+        channels = [shapes.get(name, ())[1:2] for name in node.input]
+        if {*channels} - {(), (1,)}:
+            for count, position in enumerate(i for i, own in enumerate(channels) if own == (1,)):
+                insert_before(graph, index + count, position, "Identity")

@@ -1,56 +1,63 @@
-"""RESULTS.md: torchvision's classifiers and timm's, converted and compared on each engine.
+"""RESULTS.md: torchvision's classifiers and timm's, converted, compared and timed.
 
-    python tests/results_table.py                     # torchvision's 80, about half an hour
+    python tests/results_table.py                     # torchvision's 80, an hour or two
     python tests/results_table.py --timm              # a network of each of timm's families
     python tests/results_table.py resnet18 timm.xcit  # these, and what was measured before
+    python tests/results_table.py --wall              # ten networks with all threads
 
 Random seeded weights. timm isn't in the requirements: pip install it for its table. Each network is
 measured in a process of its own, and what is measured is kept in logs/results_table.jsonl: a run
-that was stopped continues there, one with other versions starts over.
+that was stopped continues there, one with other versions starts over. CPU time on one thread is
+hardly disturbed by other programs; --wall waits until there are none.
 """
 
 import contextlib
 import datetime
 import functools
 import importlib.metadata
+import io
 import json
+import os
 import platform
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import cv2
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from classification import RequestError, get_blob, make_parser, read_picture, run  # noqa: E402
-from common import NetworksDisagree, whole_file  # noqa: E402
-from conversion import NotConvertible, check_branches, export, rewrite  # noqa: E402
-from locate import locate  # noqa: E402
+import conversion  # noqa: E402
+import verify  # noqa: E402
+from classification import ENGINES, RequestError, get_blob, make_parser, read_picture, run  # noqa: E402
+from common import whole_file  # noqa: E402
 from networks import Request, get_torchvision_names, load_network, run_pytorch  # noqa: E402
-from verify import get_references, time_pass, verify_engine  # noqa: E402
 
 RECORDS = Path("logs") / "results_table.jsonl"
 TABLE = ROOT / "RESULTS.md"
 CHART = ROOT / "images" / "results.png"
 PICTURE = ROOT / "test_data" / "cls" / "red_panda.jpg"
 TIMM = "timm."  # a family of timm's: timm.resnet
-EXPORTERS = {"TorchScript": False, "new": True}  # whether it is the new one
-ENGINES = ("new", "classic")
+WALL = [
+    "alexnet", "densenet121", "efficientnet_b0", "mobilenet_v3_large", "regnet_x_8gf", "resnet18",
+    "resnet50", "swin_v2_t", "vgg16", "vit_b_16",
+]  # fmt: skip
+MAX_RATIO = 1.03  # of OpenCV's time to PyTorch's: as fast
+MAX_LOAD = 0.2  # processes that may wait for a processor on a quiet machine
 
 
 def get_versions():
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnx")}
-    return versions | {
-        "opencv": cv2.__version__,
-        "processor": get_processor(),
-        "threads": cv2.getNumThreads(),
-    }
+    packages = ("torch", "torchvision", "onnx", "onnxruntime")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return versions | {"opencv": cv2.__version__, "processor": get_processor()}
 
 
 def get_processor():
@@ -96,57 +103,102 @@ def load_timm_network(family):
     return load_network(Request(f"timm_network:{name}", "random"))
 
 
-def measure(name):
-    """The record of one network: export, both engines, times."""
+def measure(name, threads=1):
+    """The record of one network: how far OpenCV's answers are from PyTorch's, and the times."""
+    import torch
+
     if name.startswith(TIMM):
         network = load_timm_network(name.removeprefix(TIMM))
     else:
         network = load_network(Request(name, "random"))
-    model, size = network.model, network.preprocessing.width
+    model = network.model
     blob = get_blob(read_picture(PICTURE), network.preprocessing)
-    references = get_references(model, blob)
-    record = {"network": name, "member": network.request.name.rpartition(":")[2], "input": size}
-    record["date"] = str(datetime.date.today())
-    record |= {
-        "versions": get_versions(),
-        "pytorch_ms": 1000 * time_pass(lambda: run_pytorch(model, blob)),
-    }
+    references = verify.get_references(model, blob)
+    record = {"network": name, "member": network.request.name.rpartition(":")[2]}
+    record |= {"date": str(datetime.date.today()), "versions": get_versions()}
+    record |= {"input": network.preprocessing.width, "engines": {}}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.onnx"
-        for exporter, dynamo in EXPORTERS.items():
+        name = conversion.get_onnx_path(network.request).name
+        raw, plain = Path(folder, "raw.onnx"), Path(folder, "plain", name)
+        plain.parent.mkdir()
+
+        def rewrite(path, *options):
+            """conversion.rewrite; keeps the graph as it is exported, and before the speed-ups."""
+            shutil.copy(path, raw)
+            conversion_rewrite(path, *options)
+            shutil.copy(path, plain)
+            if (data := Path(f"{path}.data")).exists():  # over 2 GB
+                shutil.copy(data, f"{plain}.data")
+                raw.unlink()
+
+        def verify_engine(path, engine, references):
+            """verify.verify_engine; keeps what it finds of the last file."""
             try:
-                check_branches(model, blob)
-                start = time.perf_counter()
-                export(model, path, blob.shape, dynamo)
-                rewrite(path)
-                seconds = time.perf_counter() - start
-            except NotConvertible as error:
-                record["failure"] = str(error)
-                break
-            except RequestError as error:
-                record["failure"] = str(error)
-                continue
-            record |= {"exporter": exporter, "export_s": seconds}
-            # over 2 GB the weights lie beside the file
-            files = [path, Path(f"{path}.data")]
-            record["mb"] = sum(f.stat().st_size for f in files if f.exists()) / 2**20
-            record["engines"] = {e: measure_engine(path, e, references) for e in ENGINES}
-            if any("relative" in engine for engine in record["engines"].values()):
-                break
+                differences, seconds = verify_one(path, engine, references)
+            except verify.NetworksDisagree as error:
+                record["engines"][engine] = {"failure": str(error)}
+                raise
+            error = max(difference.relative for difference in differences)
+            record["engines"][engine] = {"relative": error}
+            return differences, seconds
+
+        conversion_rewrite, verify_one = conversion.rewrite, verify.verify_engine
+        said = io.StringIO()
+        try:
+            with (
+                mock.patch("conversion.MODELS_DIR", folder),
+                mock.patch("conversion.rewrite", rewrite),
+                mock.patch("verify.verify_engine", verify_engine),
+                contextlib.redirect_stdout(said),
+            ):
+                converted = conversion.convert(network, references)
+        except RequestError as error:
+            return record | {"failure": str(error)}
+        files = [converted.path, Path(f"{converted.path}.data")]
+        record["mb"] = sum(file.stat().st_size for file in files if file.exists()) / 2**20
+        record["exporter"] = "TorchScript" if said.getvalue().count("exporting ") == 1 else "new"
+        record["engine"] = engine = converted.engines[0]
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(threads)
+        start = time.process_time()
+        after = read_net(converted.path, engine)
+        record["load_s"] = time.process_time() - start
+        passes = {
+            "pytorch": functools.partial(run_pytorch, model, blob),
+            "before": functools.partial(verify.run_opencv, read_net(plain, engine), blob),
+            "after": functools.partial(verify.run_opencv, after, blob),
+            "onnxruntime": make_onnxruntime(raw if raw.exists() else plain, blob, threads),
+        }
+        clock = time.process_time if threads == 1 else time.perf_counter
+        record["ms"] = time_in_turn(passes, clock)
     return record
 
 
-def measure_engine(path, engine, references):
-    try:
-        differences, seconds = verify_engine(path, engine, references)
-    except NetworksDisagree as error:
-        return {"failure": str(error), "where": locate(path, engine, references)}
-    return {
-        "relative": max(d.relative for d in differences),
-        "same_class": sum(d.same_class for d in differences),
-        "pictures": sum(d.pictures for d in differences),
-        "ms": 1000 * seconds,
-    }
+def read_net(path, engine):
+    return cv2.dnn.readNetFromONNX(str(path), ENGINES[engine])
+
+
+def make_onnxruntime(path, blob, threads):
+    """A forward pass of onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return functools.partial(session.run, None, {session.get_inputs()[0].name: blob})
+
+
+def time_in_turn(passes, clock):
+    """{name: ms} of forward passes in turn: the least of several, after one of each."""
+    times = {name: [] for name in passes}
+    for forward in passes.values():
+        forward()
+    while len(times["after"]) < 4 or (sum(times["after"]) < 0.5 and len(times["after"]) < 30):
+        for name, forward in passes.items():
+            start = clock()
+            forward()
+            times[name].append(clock() - start)
+    return {name: 1000 * min(seconds) for name, seconds in times.items()}
 
 
 def read_records():
@@ -159,14 +211,16 @@ def read_records():
 
 
 def describe_engine(engine):
-    """The cells of one engine: relative error, class agreement, ms a picture."""
-    if "failure" in engine:
-        for word in ("crashes", "can't read", "can't run"):
-            if word in engine["failure"]:
-                return [word, "", ""]
-        return ["wrong", "", ""]
-    agreement = f"{engine['same_class']} of {engine['pictures']}"
-    return [f"{engine['relative']:.1e}", agreement, f"{engine['ms']:.1f}"]
+    """An engine's relative error, or what it does instead."""
+    if "relative" in engine:
+        return f"{engine['relative']:.1e}"
+    words = ("crashes", "can't read", "can't run")
+    return next((word for word in words if word in engine["failure"]), "wrong")
+
+
+def get_ratio(record, other, own="after"):
+    """OpenCV's time in PyTorch's, for instance."""
+    return record["ms"][own] / record["ms"][other]
 
 
 def get_name(record):
@@ -177,31 +231,40 @@ def get_name(record):
 
 def get_summary(records):
     """What the table of these records says, in sentences."""
-    measured = [r for r in records if "engines" in r]
-    right = {e: [r for r in measured if "relative" in r["engines"][e]] for e in ENGINES}
-    either = [r for r in measured if r in right["new"] or r in right["classic"]]
+    right = [r for r in records if "ms" in r]
+    engines = {e: [r for r in right if "relative" in r["engines"][e]] for e in ("new", "classic")}
     errors = {
         get_name(r): min(e["relative"] for e in r["engines"].values() if "relative" in e)
-        for r in either
+        for r in right
     }
     worst = max(errors, key=errors.get)
-    faster = [
-        get_name(r)
-        for r in right["classic"]
-        if r in right["new"] and r["engines"]["classic"]["ms"] < r["engines"]["new"]["ms"]
+    ratios = {get_name(r): get_ratio(r, "pytorch") for r in right}
+    slower = sorted((n for n in ratios if ratios[n] > MAX_RATIO), key=ratios.get, reverse=True)
+    means = [
+        statistics.geometric_mean(get_ratio(r, other, own) for r in right)
+        for other in ("pytorch", "onnxruntime")
+        for own in ("before", "after")
     ]
     lines = [
-        f"{len(either)} of {len(records)} networks give PyTorch's answer in OpenCV: "
-        f"{len(right['new'])} on the new engine, {len(right['classic'])} on the classic one.",
+        f"{len(right)} of {len(records)} networks give PyTorch's answer in OpenCV: "
+        f"{len(engines['new'])} on the new engine, {len(engines['classic'])} on the classic one.",
         f"The largest relative error on the better engine: {errors[worst]:.1e} ({worst}).",
-        f"The classic engine is faster for {len(faster)}: {', '.join(faster) or 'none'}.",
+        f"OpenCV takes at most {MAX_RATIO} x PyTorch's time for {len(right) - len(slower)} of "
+        f"{len(right)}. It is slower for "
+        f"{', '.join(f'{n} ({ratios[n]:.2f} x)' for n in slower) or 'none'}.",
+        "OpenCV's time in PyTorch's, geometric mean: "
+        f"{means[0]:.2f} before the speed-ups, {means[1]:.2f} after them.",
+        "OpenCV's time in onnxruntime's, geometric mean: "
+        f"{means[2]:.2f} before the speed-ups, {means[3]:.2f} after them.",
     ]
-    if large := [get_name(r) for r in measured if r["mb"] >= 2**11]:
+    if classic := [get_name(r) for r in right if r["engine"] == "classic"]:
+        lines.append(f"The classic engine is faster for {len(classic)}: {', '.join(classic)}.")
+    if large := [get_name(r) for r in right if r["mb"] >= 2**11]:
         lines.append(
             "Over 2 GB, with the weights in a second file beside the .onnx, which OpenCV 4 can't "
             f"read: {', '.join(large)}."
         )
-    if others := [get_name(r) for r in measured if r["exporter"] != "TorchScript"]:
+    if others := [get_name(r) for r in right if r["exporter"] != "TorchScript"]:
         lines.append(f"Exported by PyTorch's new exporter: {', '.join(others)}.")
     return lines
 
@@ -209,27 +272,24 @@ def get_summary(records):
 def get_table(records):
     """The lines of one table, and of what fails in it."""
     lines = [
-        "| network | input | export, s | file, MB | new engine: relative error | class | ms | "
-        "classic engine: relative error | class | ms | PyTorch, ms |",
+        "| network | input | file, MB | load, s | new engine: relative error | classic engine | "
+        "PyTorch, ms | OpenCV before | OpenCV | onnxruntime | OpenCV / PyTorch |",
         "| --- |" + " ---: |" * 10,
     ]
     failures = {}
     for record in records:
-        if "engines" not in record:
+        for engine, result in record.get("engines", {}).items():
+            if "failure" in result:
+                text = f"{engine} engine: {result['failure']}"
+                failures.setdefault(text, []).append(get_name(record))
+        if "ms" not in record:
             failures.setdefault(record["failure"], []).append(get_name(record))
             continue
-        cells = [get_name(record), str(record["input"])]
-        cells += [f"{record['export_s']:.1f}", f"{record['mb']:.0f}"]
-        for engine, result in record["engines"].items():
-            cells += describe_engine(result)
-            if "failure" in result:
-                # without the node's name, which differs from network to network
-                where = re.sub(r"^([A-Z]\w+) .*?(, after [\w ]+)?:.*", r"\1\2", result["where"])
-                text = f"{engine} engine: {result['failure']}; first wrong node: {where}"
-                failures.setdefault(text, []).append(get_name(record))
-        cells.append(f"{record['pytorch_ms']:.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "What fails, and where:", ""]
+        cells = [get_name(record), str(record["input"]), f"{record['mb']:.0f}"]
+        cells += [f"{record['load_s']:.2f}", *map(describe_engine, record["engines"].values())]
+        cells += [f"{ms:.1f}" for ms in record["ms"].values()]
+        lines.append(f"| {' | '.join(cells)} | {get_ratio(record, 'pytorch'):.2f} |")
+    lines += ["", "What fails:", ""]
     return lines + [f"* {', '.join(names)}: {text}" for text, names in failures.items()]
 
 
@@ -249,21 +309,25 @@ def write_tables(records):
         "",
         f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} by "
         "`python tests/results_table.py`, and with `--timm`: "
-        f"OpenCV {versions['opencv']}, PyTorch {versions['torch']}, onnx {versions['onnx']}; "
-        f"{versions['processor']}, {versions['threads']} threads.",
+        f"OpenCV {versions['opencv']}, PyTorch {versions['torch']}, onnx {versions['onnx']}, "
+        f"onnxruntime {versions['onnxruntime']}; {versions['processor']}.",
         "",
         "Seeded random weights, on a photograph, a dark, a bright and a grey copy of it, noise, "
         "zeros, and the photograph in 0 to 255, unless PyTorch's answer to that hangs on rounding. "
-        "*relative error* is max|a - b| / max|a| of the logits; *class* is how many of the eight "
-        "or seven pictures get the same class from both. The file takes any batch size; an engine "
-        "that runs it for one picture but not for three counts as one that can't run it. *ms* is "
-        "one forward pass with one picture, the least of several.",
+        "*relative error* is max|a - b| / max|a| of the logits; both networks name the same class "
+        "for each picture. The file takes any batch size; an engine that runs it for one picture "
+        "but not for three counts as one that can't run it.",
+        "",
+        "*ms* is the CPU time of one forward pass with one picture and one thread, the four in "
+        "turn, the least of several: it counts what a pass computes, and other programs on the "
+        "machine hardly change it. *OpenCV before* is the graph without the speed-ups of "
+        "onnx_speedups.py; *load* is the CPU time that OpenCV takes to read the file.",
     ]
     torchvision = [r for r in records if not r["network"].startswith(TIMM)]
     timm = [r for r in records if r["network"].startswith(TIMM)]
     if torchvision:
         draw_chart(torchvision)
-        chart = ["", f"![OpenCV's time against PyTorch's](images/{CHART.name})"]
+        chart = ["", f"![OpenCV's time against PyTorch's and onnxruntime's](images/{CHART.name})"]
         title = f"Every classifier of torchvision {versions['torchvision']}"
         lines += get_section(title, torchvision, chart)
     if timm:
@@ -274,41 +338,44 @@ def write_tables(records):
 
 
 def draw_chart(records):
-    """OpenCV's time, on the faster engine that is right, against PyTorch's: a family, a marker."""
+    """OpenCV's time against PyTorch's and against onnxruntime's: a family, a marker."""
     # Figure, not pyplot: it needs no display and no choice of a backend
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 6), layout="constrained")
-    axes = figure.add_subplot(xscale="log", yscale="log")
-    axes.set_xlabel("PyTorch, ms per picture", fontsize=12)
-    axes.set_ylabel("OpenCV, ms per picture", fontsize=12)
     families = {}
     for record in records:
-        times = [e["ms"] for e in record["engines"].values() if "ms" in e]
-        if times:
+        if "ms" in record:
             family = re.match(r"wide_resnet|efficientnet_v2|[a-z]+", record["network"]).group()
-            families.setdefault(family, []).append((record["pytorch_ms"], min(times)))
-    for number, (family, points) in enumerate(families.items()):
-        marker = "os^D"[number // 10 % 4]
-        axes.plot(
-            *zip(*points, strict=True),
-            marker,
-            color=f"C{number % 10}",
-            label=family,
-            markeredgecolor="white",
-        )
-    limits = [f(v for p in families.values() for xy in p for v in xy) for f in (min, max)]
-    limits = [limits[0] / 1.3, limits[1] * 1.3]
-    axes.plot(limits, limits, "--", color="grey", linewidth=1, zorder=0)
-    axes.set(xlim=limits, ylim=limits)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-    axes.text(0.97, 0.03, "OpenCV is faster", transform=axes.transAxes, ha="right", fontsize=12)
-    axes.text(0.03, 0.95, "PyTorch is faster", transform=axes.transAxes, fontsize=12)
-    axes.grid(alpha=0.3)
+            families.setdefault(family, []).append(record["ms"])
+    times = [ms for points in families.values() for p in points for ms in p.values()]
+    limits = [min(times) / 1.3, max(times) * 1.3]
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (other, name) in zip(
+        panels, {"pytorch": "PyTorch", "onnxruntime": "onnxruntime"}.items(), strict=True
+    ):
+        axes.set(xscale="log", yscale="log", xlim=limits, ylim=limits)
+        axes.set_xlabel(f"{name}, CPU ms per picture", fontsize=12)
+        for number, (family, points) in enumerate(families.items()):
+            axes.plot(
+                [point[other] for point in points],
+                [point["after"] for point in points],
+                "os^D"[number // 10 % 4],
+                color=f"C{number % 10}",
+                label=family if other == "pytorch" else None,
+                markeredgecolor="white",
+            )
+        axes.plot(limits, limits, "--", color="grey", linewidth=1, zorder=0)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+        corner = {"transform": axes.transAxes, "fontsize": 12}
+        axes.text(0.97, 0.03, "OpenCV is faster", ha="right", **corner)
+        axes.text(0.03, 0.94, f"{name} is faster", **corner)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("OpenCV, CPU ms per picture", fontsize=12)
     figure.legend(loc="outside right center", fontsize=11, frameon=False)
     with whole_file(CHART) as part:
-        figure.savefig(part, dpi=120, format="png")
+        figure.savefig(part, dpi=110, format="png")
 
 
 def measure_apart(name):
@@ -326,17 +393,32 @@ def measure_apart(name):
     return record | {"versions": get_versions(), "failure": failure}
 
 
+def print_wall_times():
+    """The lines of a table of ten networks, measured with all threads while nothing else runs."""
+    print("| network | PyTorch, ms | OpenCV before | OpenCV | onnxruntime |")
+    print("| --- |" + " ---: |" * 4)
+    for name in WALL:
+        while os.getloadavg()[0] > MAX_LOAD:
+            time.sleep(10)
+        times = measure(name, threads=os.cpu_count())["ms"].values()
+        print(f"| {name} | {' | '.join(f'{ms:.1f}' for ms in times)} |", flush=True)
+    return 0
+
+
 def main():
     parser = make_parser(__doc__)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="networks (default: torchvision's)"
     )
     parser.add_argument("--timm", action="store_true", help="a network of each of timm's families")
+    parser.add_argument("--wall", action="store_true", help="ten networks, wall time, all threads")
     parser.add_argument("--one", metavar="NAME", help="only print what is measured of this one")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one)))
         return 0
+    if args.wall:
+        return print_wall_times()
     records = read_records()
     names = args.names or (get_timm_families() if args.timm else get_torchvision_names())
     RECORDS.parent.mkdir(exist_ok=True)
@@ -346,8 +428,9 @@ def main():
         records[name] = record = measure_apart(name)
         with open(RECORDS, "a") as file:
             file.write(json.dumps(record) + "\n")
-        cells = [f"{e} {describe_engine(r)[0]}" for e, r in record.get("engines", {}).items()]
-        found = ", ".join(cells) or record["failure"]
+        cells = [f"{e} {describe_engine(r)}" for e, r in record.get("engines", {}).items()]
+        cells += [f"{name} {ms:.1f} ms" for name, ms in record.get("ms", {}).items()]
+        found = record.get("failure") or ", ".join(cells)
         print(f"{number} of {len(names)}: {get_name(record)}: {found}", flush=True)
     write_tables([records[name] for name in sorted(records)])
     return 0
