@@ -79,24 +79,25 @@ def run_evaluation(name, folder):
     """(the summary that py_to_py_cls.py writes, seconds of its forward passes, from its table)."""
     options = ["--weights", "random", "--img_root_dir", folder, "--img_cls_file", "labels.txt"]
     run(ROOT / "py_to_py_cls.py", "--model_name", name, *options, "--batch_size", BATCH)
-    with open(f"logs/{name}-random_pictures.csv", newline="") as file:
+    # of another engine than the last time, the results are in another folder
+    folder = max(Path("logs").glob(f"{name}-random_*"), key=lambda path: path.stat().st_mtime)
+    with open(folder / "pictures.csv", newline="") as file:
         ms = [float(row["pytorch_ms"]) + float(row["opencv_ms"]) for row in csv.DictReader(file)]
-    return json.loads(Path(f"logs/{name}-random_summary.json").read_text()), sum(ms) / 1000
+    return json.loads((folder / "summary.json").read_text()), sum(ms) / 1000
 
 
 def get_logits(name, folder, engine, number):
     """Both networks' logits as py_to_py_cls.py has them, (2, number, classes)."""
     import torch
 
-    from classification import ENGINES, read_picture
+    from classification import ENGINES
     from evaluation import get_centre_blob
     from networks import Request, load_network, run_pytorch
     from verify import run_opencv
 
     network = load_network(Request(name, "random"))
     paths = [f"{folder}/{n}" for n in sorted(os.listdir(folder))[:number]]
-    blobs = [get_centre_blob(read_picture(path), network.preprocessing) for path in paths]
-    blob = np.concatenate(blobs)
+    blob = np.stack([get_centre_blob(path, network.preprocessing) for path in paths])
     net = cv2.dnn.readNetFromONNX(f"models/{name}-random.onnx", ENGINES[engine])
     model = network.model.to(memory_format=torch.channels_last)
     logits = run_pytorch(model, blob)
@@ -119,7 +120,7 @@ def compare_programs(name, folder, rounds):
             "".join(f"{n} {label}\n" for n, label in zip(names, labels, strict=True))
         )
         summary, forward_seconds = run_evaluation(name, folder)
-        networks = [summary[key] for key in summary if key == "PyTorch" or key.startswith("OpenCV")]
+        networks = [summary["pytorch"], summary["opencv"]]
         speed.append(tutorial / summary["seconds"])
         overhead.append(summary["seconds"] / forward_seconds)
         accuracy = [100 * (o.argmax(axis=1) == labels).mean() for o in logits]

@@ -15,8 +15,9 @@ from onnx.reference import ReferenceEvaluator
 
 import conversion
 from classification import RequestError, read_zoo
-from common import NetworksDisagree, Preprocessing, write_entry
+from common import NetworksDisagree, Preprocessing
 from conversion import convert, export, rewrite
+from entries import write_entry
 from locate import find_first_wrong, locate
 from networks import Network, Request, load_network
 from onnx_rewrites import make_readable
@@ -394,6 +395,6 @@ def test_only_the_classic_engine_is_right(monkeypatch, capsys):
     network = make_network(Mean())
     converted = convert(network, [Reference("noise", BLOB[:1], BLOB[:1].mean(axis=(2, 3)))])
     assert "cv2.dnn.ENGINE_CLASSIC" in capsys.readouterr().out.splitlines()[-1]
-    write_entry(converted, network.preprocessing, None, "")
+    write_entry(converted, network.preprocessing, None)
     entry = read_zoo("models/models.yml")["test-random"]
     assert entry["engine"] == "classic" and entry["engines"] == ["classic"]
