@@ -398,3 +398,15 @@ def test_only_the_classic_engine_is_right(monkeypatch, capsys):
     write_entry(converted, network.preprocessing, None)
     entry = read_zoo("models/models.yml")["test-random"]
     assert entry["engine"] == "classic" and entry["engines"] == ["classic"]
+
+
+@pytest.mark.parametrize("kind", ["If", "Loop", "Scan"])
+def test_graphs_that_branch_are_refused(tmp_path, kind):
+    """They can be verified on one side only."""
+    node = onnx.helper.make_node(kind, ["input"], ["output"], name="branch")
+    shape = ["batch", 3]
+    values = [onnx.helper.make_tensor_value_info(n, 1, shape) for n in ("input", "output")]
+    graph = onnx.helper.make_graph([node], "graph", values[:1], values[1:])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "branch.onnx")
+    with pytest.raises(RequestError, match=f"branches \\({kind}: .*torch.where"):
+        rewrite(tmp_path / "branch.onnx")
