@@ -7,7 +7,6 @@ is kept. entries.py finds it again.
 import contextlib
 import io
 import logging
-import os
 import shutil
 import warnings
 from pathlib import Path

@@ -94,8 +94,9 @@ def describe_file(network, file, engines, references):
     """
     path, load_info = get_onnx_path(network.request), get_load_info(file)
     entry = read_entry(path)
-    older = entry.get("engines", []) if entry.get("load_info") == load_info else []
-    engines = sorted(engines, key=lambda e: older.index(e) if e in older else len(older))
+    if entry.get("load_info") == load_info and isinstance(entry.get("engines"), list):
+        older = [engine for engine in entry["engines"] if engine in engines]
+        engines = list(dict.fromkeys([*older, *engines]))
     outputs, activation = np.concatenate([reference.logits for reference in references]), None
     if outputs.min() >= 0 and outputs.max() <= 1:
         adds_up = np.allclose(outputs.sum(axis=1), 1, atol=1e-3)

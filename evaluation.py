@@ -66,6 +66,8 @@ def make_plan(network, data, outputs, config, args):
 
     Raises RequestError for an evaluation that is impossible, or whose figures mean nothing.
     """
+    if len(network.class_names) == outputs and not data.given:
+        data.names, data.source = network.class_names, "the network's class names"
     find_classes(data, outputs)
     p = args.preprocessing
     if args.preprocess == "tutorial":

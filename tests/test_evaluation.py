@@ -192,7 +192,7 @@ def grey(run, folder, monkeypatch):
         for name, value, _ in pictures:
             path = folder / "set" / name
             path.parent.mkdir(exist_ok=True)
-            if make or value is not None:
+            if make and not (value is None and path.exists()):
                 path.write_bytes(b"broken" if value is None else encode(value))
         if "--img_root_dir" not in options:
             lines = [f"{name} {label}\n" for name, _, label in pictures]
@@ -337,7 +337,7 @@ def test_the_plan_of_the_tutorial(options, size, initial):
 def make_plan(size=224, transform=None, **options):
     """The plan of an evaluation of one picture with these options."""
     p = replace(IMAGENET, width=size, height=size)
-    network = SimpleNamespace(transform=transform, transform_name="mine")
+    network = SimpleNamespace(transform=transform, transform_name="mine", class_names=[])
     args = {"preprocess": "own", "engine": "auto", "rsz_width": None, "rsz_height": None}
     args = SimpleNamespace(**args | options, preprocessing=p)
     data = Data(".", [("a.jpg", 3)], IMAGENETS)
@@ -469,7 +469,7 @@ def test_a_sheet_of_odd_pictures_and_names(grey, folder):
     for number, size in enumerate([(2, 3000, 3), (3000, 2, 3)]):
         cv2.imwrite(str(folder / "set" / f"line{number}.png"), np.full(size, 5, np.uint8))
         pictures.append((f"line{number}.png", None, 4))
-    result = grey(pictures, "--classes", "odd.txt", make=False)
+    result = grey(pictures, "--classes", "odd.txt")
     sheet = cv2.imread(str(find_result(folder, "wrong.png")))
     assert result.stderr == "" and sheet.shape[0] > 600
     assert result.stdout.count("no installed font has U+") <= 1
@@ -622,8 +622,45 @@ def test_killed_at_several_points(folder, begin, check_resumed):
     check_resumed(f"{4 * (count_batches(folder) - 1)} of 40 pictures")
 
 
+def test_stopped_and_resumed(grey, folder, monkeypatch):
+    """Ctrl-C: the results so far, under names of their own; they go when the whole ones come."""
+    write_batch = evaluation.write_batch
+
+    def write(kept, rows):
+        if rows[0].batch == 2:
+            raise KeyboardInterrupt
+        write_batch(kept, rows)
+
+    pictures = [(f"{i}.png", i, i - i % 2) for i in range(9)]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_batch", write)
+        result = grey(pictures, "--batch_size", 2)
+    check_one_line(result, "stopped by Ctrl-C", code=130)
+    assert "PARTIAL: 4 of 9 pictures" in result.stdout
+    assert "PARTIAL" in find_result(folder, "partial_log.txt").read_text()
+    rows, figures = read_table(folder, start="partial_"), read_figures(folder, "partial_")
+    assert len(rows) == 4 and figures["partial"] and figures["pytorch"]["top1"] == 50
+    parts = sorted(path.name for path in folder.glob("logs/*/*"))
+    assert parts == ["batches", *(f"partial_{end}" for end in RESULTS)]
+
+    output = get_output(grey(pictures, "--batch_size", 2, make=False))
+    assert "resuming after 4 of 9 pictures" in output
+    assert list_logs(folder)[1:] == [f"{list_logs(folder)[0]}/{end}" for end in RESULTS]
+    resumed = read_figures(folder)
+    assert resumed["rows"][:4] == rows and resumed["pytorch"]["top1"] == 100 * 5 / 9
+    get_output(grey(pictures, "--batch_size", 2, "--resume", "False", make=False))
+    assert read_figures(folder) == resumed
+
+    # a whole result stays until there is another whole one
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_batch", write)
+        assert grey(pictures, "--batch_size", 2, make=False).returncode == 130
+    assert read_figures(folder) == resumed and read_figures(folder, "partial_")["partial"]
+
+
+@pytest.mark.slow
 def test_ctrl_c(folder, begin, whole, check_resumed):
-    """The results so far, under names of their own; they go when the whole ones are there."""
+    """The same of a process."""
     process = begin()
     stdout, stderr = stop_after(process, folder, 2, signal.SIGINT)
     assert process.returncode == 130

@@ -129,7 +129,7 @@ def test_the_fastest_engine_is_taken(monkeypatch, tmp_path, fastest):
     engines, failures = verify.verify(tmp_path / "x.onnx", [("picture", None, None)])
     assert engines[0] == fastest and len(engines) == 2 and not failures
 
-    about = 10, None, "", IMAGENET, "", True, True
+    about = 10, None, "", IMAGENET, "", True, True, []
     converted = entries.Converted(tmp_path / "x.onnx", {}, engines, *about)
     assert evaluation.choose_engine(converted, "auto") == fastest
     assert evaluation.choose_engine(converted, "new") == "new"

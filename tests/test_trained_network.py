@@ -5,6 +5,7 @@ import re
 import shutil
 
 import numpy as np
+import pytest
 from conftest import PICTURES, ROOT, find_result, get_output, near, read_answer, run_picture
 from PIL import Image
 from torchvision import transforms
@@ -15,6 +16,7 @@ ALIAS = "trained_network-build_model"
 OPTIONS = ["--scale", "0.0078125", "--mean", "127", "127", "127", "--std", "1", "1", "1"]
 
 
+@pytest.mark.slow
 def test_trained_network(run, folder):
     """A function in a file beside the user: converted, tested, evaluated, and known by its name."""
     shutil.copy(ROOT / "tests" / "trained_network.py", folder)

@@ -194,7 +194,7 @@ def test_other_peoples_entries_stay_as_they_are(tmp_path):
     after = 'é.net:\n  load_info:\n    url: "true"\n  list: [ {x: 1}, {y: 2} ]\n'
     path = tmp_path / "models.yml"
     path.write_text(before + after, "utf-8")
-    about = {"sha1": "0"}, ["new"], 1000, None, "1", IMAGENET, "", True, False
+    about = {"sha1": "0"}, ["new"], 1000, None, "1", IMAGENET, "", True, False, []
     converted = Converted(tmp_path / "net.onnx", *about)
     write_entry(converted, IMAGENET, None)
     text = path.read_text("utf-8")
