@@ -76,6 +76,12 @@ def test_differences_are_of_all_pictures(figures, logits):
     assert figures["difference"]["same_class"] == figures["difference"]["pictures"] == 11
 
 
+def test_the_relative_error_is_of_the_largest_peak(rows):
+    """Of the batch, as of the whole output of a conversion, whichever picture it is of."""
+    batch = [rows[0]._replace(l_inf=1e-3, peak=peak) for peak in (2.0, 50.0, 0.1)]
+    assert results.get_difference(results.get_table(batch)).relative == pytest.approx(1e-3 / 50)
+
+
 def test_times_are_of_a_picture_and_without_the_warm_up(rows, figures):
     """The 4, 2 and 1 pictures of the batches after the first: 100, 200 and 900 ms."""
     assert figures["pytorch"]["ms_mean"] == pytest.approx((4 * 100 + 2 * 200 + 900) / 7)
