@@ -140,7 +140,6 @@ def test_files_without_a_wrong_node(tmp_path):
     assert locate(path, "new").startswith("none: for these pictures OpenCV")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["new", "classic"])
 def test_a_node_that_opencv_cannot_read_is_found_without_its_values(tmp_path, engine):
     """onnx would take minutes for them."""
@@ -170,6 +169,7 @@ def test_the_failure_that_names_a_node_is_quoted(monkeypatch, capsys):
     assert "crashes (signal 8); first wrong node: unknown\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_search_ends_in_time(tmp_path, monkeypatch):
     """onnx takes minutes to sample a grid; OpenCV's process, a stand-in, doesn't end."""
     monkeypatch.setattr("locate.MAX_SECONDS", 1)
