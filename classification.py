@@ -88,7 +88,7 @@ class Terminated(BaseException):
 
 
 class RequestError(Exception):
-    """The request can't be met. The message is the one line that the user reads."""
+    """The command can't be carried out. The message is the one line that the user reads."""
 
     exit_code = 2
 

@@ -114,7 +114,7 @@ def add_config(parser, config_class, title, description=None):
 def get_args():
     """The command line, with args.request.
 
-    Raises RequestError for some options that have no effect, or don't go together.
+    Raises RequestError for options that would have no effect, or conflict.
     """
     args = get_parser().parse_args()
     if not (args.model_name or args.list_models):
@@ -122,10 +122,9 @@ def get_args():
     if args.evaluate is None:
         args.evaluate = not args.test
     width, height = args.frame_width or args.frame_size, args.frame_height or args.frame_size
-    request = Request(
-        args.model_name, args.weights, args.weights_key, width, height, args.transform
-    )
-    args.request, args.given = request, read_tutorial(vars(args))
+    what = args.model_name, args.weights, args.weights_key
+    args.request = Request(*what, width, height, args.transform)
+    args.given = read_tutorial(vars(args))
     if args.bgr_to_rgb is not None:
         args.given.setdefault("rgb", args.bgr_to_rgb)
     if args.weights_key and not args.request.is_file:
@@ -145,11 +144,8 @@ def check_given(args):
     if "--rsz_width" in given and args.default_img_preprocess and not is_tutorial:
         hint = "--preprocess tutorial or --default_img_preprocess False"
         raise RequestError(f"--rsz_width and --rsz_height need {hint}; --resize is for all others")
-    if (
-        is_tutorial
-        and not args.test
-        and given & {"--resize", "--interpolation", "--center", "--crop"}
-    ):
+    others = given & {"--resize", "--interpolation", "--center", "--crop"}
+    if is_tutorial and not args.test and others:
         problem = "--preprocess tutorial cuts the centre out of --rsz_width x --rsz_height pixels"
         raise RequestError(f"{problem}: leave out --resize, --interpolation, --center and --crop")
     if "--resize" in given and given & {"--rsz_width", "--crop"}:
@@ -163,13 +159,9 @@ def get_preprocessing(own, declared, args, module_config):
 
     own: the network's; declared: whether anybody says so.
     """
-    # the tutorial's initial size is the evaluation's alone
-    given = (
-        {k: v for k, v in args.given.items() if "initial" not in k}
-        if args.default_img_preprocess
-        else args.given
-    )
-    base = own
+    given, base = args.given, own
+    if args.default_img_preprocess:  # the tutorial's initial size is the evaluation's alone
+        given = {name: value for name, value in given.items() if "initial" not in name}
     if not args.default_img_preprocess:
         fields = read_tutorial(vars(module_config))
         base = Preprocessing(**fields, width=own.width, height=own.height)
@@ -240,7 +232,7 @@ def get_converted(args, config, module_config, picture, names, data):
 
 
 def save_entry(args, module_config, converted, names):
-    """Write the entry that test mode or a conversion asks for.
+    """Write the entry that test mode or a conversion asks for; report what had to be assumed.
 
     An evaluation by itself says what the file is, and leaves how an older entry has it used, unless
     that doesn't fit any more.
@@ -248,7 +240,13 @@ def save_entry(args, module_config, converted, names):
     only_evaluates, p = args.evaluate and not args.test, args.preprocessing
     own = [] if args.classes else converted.get_class_names()
     labels = module_config.classes if len(names) == converted.outputs and not own else None
-    print_assumptions(converted, args.given, labels and not args.classes)
+    if not converted.declared and not args.given.keys() & {"scale", "mean", "std"}:
+        problem = f"{converted.path.stem} declares no preprocessing: assuming ImageNet's"
+        hint = "--transform or --resize, --mean, --std change it"
+        print(f"NOTE: {problem}; {hint}", file=sys.stderr)
+    if not converted.known_classes and labels and not args.classes:
+        problem = f"assuming that {converted.path.stem}'s classes are ImageNet's"
+        print(f"NOTE: {problem}; --classes names others")
     if own:
         print(f"class names: the network's own, {', '.join(own)[:60]} ...")
     print(f"preprocessing: {describe(p)}")
@@ -256,16 +254,6 @@ def save_entry(args, module_config, converted, names):
         p = converted.preprocessing  # the options are the evaluation's, not the entry's
     with as_file(own) as file:
         write_entry(converted, p, file if own else labels, anew=not only_evaluates)
-
-
-def print_assumptions(converted, given, imagenets_labels):
-    """Report what had to be assumed."""
-    name, options = converted.path.stem, "--transform or --resize, --mean, --std"
-    if not converted.declared and not given.keys() & {"scale", "mean", "std"}:
-        note = f"{name} declares no preprocessing: assuming ImageNet's; {options} change it"
-        print(f"NOTE: {note}", file=sys.stderr)
-    if not converted.known_classes and imagenets_labels:
-        print(f"NOTE: assuming that {name}'s classes are ImageNet's; --classes names others")
 
 
 def run_test_module(converted, module_config):
