@@ -113,7 +113,7 @@ def compare_programs(name, folder, rounds):
     names = sorted(os.listdir(folder))
     speed, overhead, own_overhead = [], [], []
     for _ in range(rounds):
-        tutorial = float(run(__file__, "--tutorial", name, folder))
+        tutorial = float(run(__file__, "--tutorial", name, folder).splitlines()[-1])
         logits = np.load("tutorial.npy")
         # labels that are right for every second picture
         labels = logits[0].argmax(axis=1) + np.arange(len(names)) % 2

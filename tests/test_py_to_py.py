@@ -339,7 +339,7 @@ def test_evaluation_with_nothing_but_the_install(run, folder):
     options = ["--test", "1", "--evaluate", "1"]
     result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options)
     assert "evaluating on the bundled pictures" in get_output(result)
-    assert "RANDOM weights, 12 pictures" in result.stdout
+    assert "RANDOM weights\n12 pictures " in result.stdout
     assert "RANDOM WEIGHTS" in result.stderr
     assert "RANDOM weights" in find_result(folder, "log.txt", "squeezenet1_1-random").read_text()
     assert (folder / "results" / "red_panda_squeezenet1_1-random_classification.jpg").is_file()
