@@ -83,8 +83,12 @@ WINDOW = "Classification with OpenCV DNN"
 MODIFIERS = (*range(0xFFE1, 0xFFEF), 0xFE03, 0xFF7F)
 
 
+class Terminated(BaseException):
+    """kill's SIGTERM. No Exception, so that nobody takes it for a failure of its own."""
+
+
 class RequestError(Exception):
-    """The request can't be met. The message is the one line that the user reads."""
+    """The command can't be carried out. The message is the one line that the user reads."""
 
     exit_code = 2
 
@@ -103,8 +107,11 @@ def run(main):
         os.environ.setdefault("OPENCV_VIDEOIO_PRIORITY_CV_MJPEG", "0")
     if sys.stdout:  # None if it is closed; names that its encoding lacks are written as \u...
         sys.stdout.reconfigure(errors="backslashreplace")
-    # kill raises SystemExit, so that temporary files are removed
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+
+    def stop(signum, frame):
+        raise Terminated  # so that temporary files are removed
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         code = main()
         print(end="", flush=True)  # unlike sys.stdout.flush, also if stdout is closed
@@ -114,6 +121,9 @@ def run(main):
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr)
         code = 130  # 128 + SIGINT, what a shell reports
+    except Terminated:
+        print(f"{Path(sys.argv[0]).name}: stopped by SIGTERM", file=sys.stderr)
+        code = 128 + signal.SIGTERM
     except Exception as error:
         code = report(error)
     sys.exit(code)

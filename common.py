@@ -1,23 +1,16 @@
-"""What all scripts but the sample share: errors, files, models.yml, and the preprocessing."""
+"""What all scripts but the sample share: errors, files, and the preprocessing."""
 
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import re
+import platform
+import shutil
 import tempfile
 from pathlib import Path
 
-from classification import (
-    PILLOWS,
-    RANDOM,
-    RANDOM_SUFFIX,
-    ZOO_NAME,
-    ZOO_SAMPLE,
-    RequestError,
-    read_zoo,
-)
+from classification import RequestError
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 SEED = 0  # of random weights, and of the noise that networks are compared on
@@ -57,9 +50,10 @@ def whole_file(path):
     file can't be written.
     """
     path = Path(path)
+    prefix = f".{path.name}{get_mark(os.getpid())}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder:
             part = Path(folder, path.name)
             yield part
             # PATH.data before PATH, which refers to it
@@ -69,39 +63,22 @@ def whole_file(path):
         raise RequestError(f"{path}: can't be written: {error.strerror or error}") from None
 
 
-def write_entry(converted, preprocessing, classes, options):
-    """Write the entry of a converted file into the models.yml beside it.
+def get_mark(process):
+    """What the hidden folder of a process has in its name; processes are numbered by machine."""
+    return f".{platform.node()}.{process}."
 
-    It has what classification.py needs, in the form of OpenCV's samples, and what
-    conversion.find_converted asks for. Other entries stay as they are, letter for letter.
-    classes: the file of the class names, or None; it is copied beside the model, so that you can
-    move the folder. options: all else that the entry depends on.
-    """
-    path, name = converted.path.with_name(ZOO_NAME), converted.path.stem
-    entry = {"load_info": converted.load_info, "model": converted.path.name}
-    fields = dataclasses.asdict(preprocessing)
-    unused = () if preprocessing.resize else PILLOWS
-    entry |= {k: v for k, v in fields.items() if v not in (None, ()) and k not in unused}
-    entry |= {"engine": converted.engines[0], "engines": converted.engines}
-    entry |= {"outputs": converted.outputs, "sample": ZOO_SAMPLE}
-    entry |= {"made_from": {"file": converted.made_from, "entry": get_hash(options)}}
-    if name.endswith(RANDOM_SUFFIX):
-        entry["weights"] = RANDOM
-    if classes:  # OpenCV 5's own samples read labels, older ones classes
-        entry["classes"] = entry["labels"] = f"{name}_{Path(classes).name}"
-        with whole_file(path.with_name(entry["classes"])) as part:
-            part.write_bytes(Path(classes).read_bytes())
-    text = path.read_text("utf-8") if path.exists() else "%YAML:1.0\n---\n"
-    text = re.sub(r"^\.\.\.\s*\Z", "", text, flags=re.M)  # nothing may follow YAML's end mark
-    # the older entry ends before the next line that isn't indented
-    text = re.sub(rf"^{re.escape(name)} *:.*\n?(?:[ \t].*\n?|\n)*", "", text, flags=re.M)
-    lines = (f"  {key}: {json.dumps(v, ensure_ascii=False)}\n" for key, v in entry.items())
-    # JSON is YAML, but cv2 doesn't take keys in quotes
-    lines = re.sub(r'"(\w+)":', r"\1:", "".join(lines))
-    with whole_file(path) as part:
-        part.write_text(f"{text.rstrip()}\n{name}:\n{lines}", "utf-8")
-        read_zoo(part)
-    print(f"{path}: python classification.py {name}")
+
+def remove_leftovers(folder):
+    """Remove the hidden folders of whole_file whose process was killed, but none that runs."""
+    # on Windows, os.kill would end the process
+    for path in Path(folder).glob(f".*{get_mark('*')}*") if os.name == "posix" else ():
+        process = path.name.rpartition(get_mark("")[:-1])[2].partition(".")[0]
+        try:
+            os.kill(int(process), 0)  # signal 0 only asks whether it is there
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (PermissionError, ValueError):  # another user's process; a file of another kind
+            continue
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,111 +1,30 @@
-"""A PyTorch network in, a verified ONNX file and its entry in models.yml out.
+"""A PyTorch network in, a verified ONNX file out.
 
 Export, rewrite around OpenCV's faults, compare the answer on each engine: only a file that is right
-is kept. Its entry says what it was made from, so that a second conversion takes milliseconds and
-doesn't import torch.
+is kept. entries.py finds it again.
 """
 
 import contextlib
-import importlib.metadata
 import io
 import logging
-import os
-import re
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
 import cv2
 
-from classification import (
-    ENGINES,
-    RANDOM_SUFFIX,
-    ZOO_NAME,
-    RequestError,
-    get_load_info,
-    one_line,
-    read_zoo,
-)
-from common import SCRIPT_DIR, NetworksDisagree, get_digest, get_hash, whole_file
+from classification import RequestError, one_line
+from common import NetworksDisagree, remove_leftovers, whole_file
+from entries import describe_file, get_onnx_path
 from locate import locate
-from test_config import MODELS_DIR
 from verify import verify
 
 MAX_ONNX_SIZE = 2**31 - 2**20  # bytes of weights, with room for the graph
 
 
-@dataclass
-class Converted:
-    """A network's file for OpenCV, as its entry in models.yml describes it."""
-
-    path: Path
-    engines: list  # OpenCV's engines that give PyTorch's answer with it, the fastest first
-    outputs: int  # how many logits it has
-    load_info: dict  # its hashes
-    made_from: str  # SHA-256 of all that it was made from
-
-
 class NotConvertible(RequestError):
     """No exporter can convert this network correctly."""
-
-
-def get_onnx_path(request):
-    """Where a converted network is kept: all that you ask for is part of its name."""
-    sizes = request.width, request.height
-    sides = dict.fromkeys(str(size or "own") for size in sizes) if any(sizes) else []
-    stem = "-".join([get_alias(request.name), *sides])
-    if request.is_random:
-        stem += RANDOM_SUFFIX
-    elif request.weights:
-        stem += f"-{get_alias(Path(request.weights).stem)}"
-        stem += f"-{get_alias(request.weights_key)}" if request.weights_key else ""
-        stem += "-weights" if stem.endswith(RANDOM_SUFFIX) else ""  # a file called random.pth
-    return Path(MODELS_DIR) / f"{stem}.onnx"
-
-
-def get_alias(name):
-    """The name as file names and cv2.FileStorage take it: my_module:build -> my_module-build"""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
-    return name if name[:1].isalpha() or name.startswith("_") else f"_{name}"
-
-
-def get_made_from(request):
-    """SHA-256 of all that a converted file depends on: request, versions, and our own code."""
-    about = asdict(request) | {"opencv": cv2.__version__}
-    about["weights"] = get_digest(request.weights) if request.is_file else request.weights.lower()
-    about |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnx")}
-    names = ("checkpoints", "conversion", "forward", "networks", "preprocessing", "verify")
-    for script in (*(SCRIPT_DIR / f"{n}.py" for n in names), *SCRIPT_DIR.glob("onnx_*.py")):
-        about[script.name] = get_digest(script)
-    return get_hash(about)
-
-
-def find_converted(request, options=None):
-    """The Converted file of a request, if its entry in models.yml says so; else None.
-
-    options: what the entry must have been written with; None for any.
-    """
-    if request.is_own and os.environ.get("LOCAL_RANK", "0") == "0":
-        return None  # what your code computes is unknown, unless torchrun's first process ran it
-    path = get_onnx_path(request)
-    zoo = path.with_name(ZOO_NAME)
-    entry = read_zoo(zoo).get(path.stem) if zoo.exists() else None
-    try:
-        made_from, engines, outputs = entry["made_from"], entry["engines"], entry["outputs"]
-        converted = Converted(path, engines, outputs, entry["load_info"], made_from["file"])
-        damaged = not engines or not {*engines} <= ENGINES.keys() or not outputs > 0
-        damaged |= not path.with_name(entry.get("labels", path.name)).exists()
-        other_options = options is not None and made_from["entry"] != get_hash(options)
-    except (KeyError, TypeError):  # there is none, or it lacks a key
-        return None
-    if damaged or other_options or converted.made_from != get_made_from(request):
-        return None
-    if converted.load_info != get_load_info(path):  # last: it reads the whole file
-        return None
-    print(f"{path}: converted and verified before, from these weights and versions")
-    return converted
 
 
 def convert(network, references, allow_branches=False):
@@ -116,11 +35,12 @@ def convert(network, references, allow_branches=False):
     can't be exported. A file that was there before stays until the new one is verified.
     """
     path = get_onnx_path(network.request)
-    _, sample_blob, logits = references[0]  # the picture's
-    older = ", in the place of another file" if path.exists() else ""
+    sample_blob = references[0].blob  # the picture's
+    older = " (replaces an older file)" if path.exists() else ""
     failures = []
     if not allow_branches:
         check_branches(network.model, sample_blob)
+    remove_leftovers(path.parent)
     with whole_file(path) as part:
         for dynamo in (False, True):
             print(f"exporting {network.request.name} ...", flush=True)
@@ -137,11 +57,10 @@ def convert(network, references, allow_branches=False):
         else:
             # exit code 1, a wrong answer, before 2
             raise min(failures, key=lambda error: (error.exit_code, is_vague(error)))
-        hashes = get_load_info(part), get_made_from(network.request)
-        converted = Converted(path, engines, logits.shape[1], *hashes)
+        converted = describe_file(network, part, engines, references)
     if "data_sha1" not in converted.load_info:
         Path(f"{path}.data").unlink(missing_ok=True)  # an older file's
-    print(f"{path}: converted and verified{older}; taking the {engines[0]} engine")
+    print(f"{path}: converted and verified{older}; using the {converted.engines[0]} engine")
     if "new" not in engines:
         print("NOTE: use cv2.dnn.ENGINE_CLASSIC with this file: OpenCV's default engine is wrong")
     return converted

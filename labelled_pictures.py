@@ -1,25 +1,31 @@
 """A folder or a label file in, pictures and their class IDs out."""
 
 import os
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 from classification import PICTURES, RequestError, read_lines
 from common import find_bundled
+from label_files import find_label_file, read_label_file
 from test_config import CLS_TEST_DATA_DIR, IMAGENET_VAL_DIR
-
-MAX_SKIPPED = 0.01  # of the pictures: more that can't be read, and the figures are another set's
 
 
 @dataclass
 class Data:
     """The labelled pictures of an evaluation."""
 
-    pictures: list  # (path from the root, class ID)
     root: str  # their folder
-    names: list  # of the classes: the lines of --classes, the folders', or ImageNet's
+    pictures: list  # (path from the root, class ID); before find_classes, its folder for the ID
+    names: list  # of the classes: the lines of --classes, or ImageNet's
+    given: str | None = None  # --classes
+    source: str = "ImageNet"  # of the names, if not --classes
     bundled: bool = False  # whether they come with this project
-    folders: list = ()  # the names of the class folders, if their order makes them classes 0, 1 ...
+    folders: list = field(default_factory=list)  # of the classes
+    empty: str = ""  # the folders without a picture, for messages
+    named: str = ""  # a label that is a class's name, in a label file
 
 
 def get_data(config, args, names):
@@ -28,74 +34,113 @@ def get_data(config, args, names):
     args: what the user gave; if neither folder nor label file, the bundled pictures stand in for
     the tutorial's folder. names: the lines of --classes, or ImageNet's.
     """
-    root, named_labels = config.img_root_dir, args.img_cls_file is not None
-    if args.img_root_dir is None and not named_labels and not Path(root).exists():
-        root = find_bundled(CLS_TEST_DATA_DIR)
+    data, label_file = Data(config.img_root_dir, [], names, args.classes), args.img_cls_file
+    if not (args.img_root_dir or label_file or Path(data.root).exists()):
         print(f"no {IMAGENET_VAL_DIR} here: evaluating on the bundled pictures")
-        pictures = read_val_file(os.path.join(root, "val.txt"), root)
-        return Data(pictures, root, names, bundled=True)
-    if not Path(root).is_dir():
-        raise RequestError(f"--img_root_dir {root}: no such folder")
-    folders = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
-    found = [] if named_labels else [find_pictures(root, name) for name in folders]
-    if not any(found):
-        if not named_labels and not os.path.isfile(config.img_cls_file):
-            raise RequestError(f"{root}: no pictures in folders, and no {config.img_cls_file}")
-        return Data(read_val_file(config.img_cls_file, root), root, names)
-    named = get_class_ids(folders, names if args.classes else [])
-    class_ids = named or range(len(folders))  # check_evaluation wants all classes then
-    pictures = [(name, c) for c, files in zip(class_ids, found, strict=True) for name in files]
-    ends = [f"folder {folders[i]} is class {class_ids[i]}" for i in (0, -1)]
-    print(f"{root}: {len(pictures)} pictures in {len(folders)} classes: {', ..., '.join(ends)}")
-    if named:
-        return Data(pictures, root, names)
-    return Data(pictures, root, names if args.classes else folders, folders=folders)
+        data.root, data.bundled = find_bundled(CLS_TEST_DATA_DIR), True
+        label_file = str(Path(data.root, "val.txt"))
+    if not Path(data.root).is_dir():
+        raise RequestError(f"--img_root_dir {data.root}: no such folder")
+    if not label_file:
+        find_pictures(data)
+    if not data.pictures:
+        path, classes = label_file or find_label_file(data.root), index_classes(names)
+        data.pictures, data.named = read_label_file(path, data.root, classes)
+    return data
 
 
-def fit_labels(labels, path, classes):
-    """`labels` if there is one per class; else [] for the default ones (path None), or an error."""
-    if len(labels) != classes and path is not None:
-        raise RequestError(f"{path}: {len(labels)} lines, but the network has {classes} outputs")
-    return labels if len(labels) == classes else []
+def find_pictures(data):
+    """Put the pictures of each class folder, and its subfolders, into the Data.
+
+    Hidden files are left out, and links aren't followed. All else is counted in one line.
+    """
+    others, empty = [], []
+    for folder in sorted(e.name for e in os.scandir(data.root) if e.is_dir() and e.name[0] != "."):
+        files = [file.relative_to(data.root) for file in Path(data.root, folder).rglob("*")]
+        files = sorted(file for file in files if not any(part[0] == "." for part in file.parts))
+        found = [(str(file), folder) for file in files if file.suffix.lower() in PICTURES]
+        (data.folders if found else empty).append(folder)
+        data.pictures += found
+        rest = (file for file in files if file.suffix.lower() not in PICTURES)
+        others += [f.suffix.lower() or "no suffix" for f in rest if Path(data.root, f).is_file()]
+    data.empty = f" (no pictures in {', '.join(empty)})" if empty else ""
+    if others:
+        kinds = ", ".join(sorted(set(others)))
+        print(f"{data.root}: left out: {len(others)} files that aren't pictures: {kinds}")
 
 
-def find_pictures(root, name):
-    """The pictures in a class folder and its subfolders, without hidden ones and links."""
-    files = sorted(Path(root, name).rglob("*"))
-    pictures = [file.relative_to(root) for file in files if file.suffix.lower() in PICTURES]
-    return [str(path) for path in pictures if not any(part[0] == "." for part in path.parts)]
+def index_classes(names):
+    """{name: class ID}: a class's line, its first synonym, or its first word ("n01440764 tench").
+
+    ImageNet's classes have synsets instead of the word. What could mean two classes isn't in it.
+    """
+    names = [name.strip() for name in names]
+    synonyms, words = ([name.partition(end)[0] for name in names] for end in ", ")
+    if names == read_lines(find_bundled(f"{CLS_TEST_DATA_DIR}/imagenet_classes.txt")):
+        words = read_lines(find_bundled(f"{CLS_TEST_DATA_DIR}/imagenet_synsets.txt"))
+    found = {}
+    for forms in (words, synonyms, names):  # a line wins over a synonym, and that over a word
+        times = Counter(forms)
+        found |= {form: i for i, form in enumerate(forms) if form and times[form] == 1}
+    return found
 
 
-def get_class_ids(folders, names):
-    """The class IDs if all folders are named by numbers, or lines (first words) of --classes."""
-    if all(name.isascii() and name.isdecimal() for name in folders):
-        return [int(name) for name in folders]
-    lines = [line.strip() for line in names]
-    for known in (lines, [line.partition(" ")[0] for line in lines]):
-        if all(known.count(name) == 1 for name in folders):
-            return [known.index(name) for name in folders]
-    return None
+def find_classes(data, outputs):
+    """Put the class IDs into data.pictures, and the names of all classes into data.names.
+
+    Raises RequestError if they can't be those of a network with so many outputs.
+    """
+    count = max(outputs, 2)  # a single output tells class 0 from class 1
+    names = data.names if len(data.names) == count else []
+    if data.bundled and count != 1000:
+        problem = f"the bundled pictures are of ImageNet's 1000 classes, the network has {count}"
+        raise RequestError(f"{problem}: give --img_root_dir, --test True or --evaluate False")
+    if data.given and not names:
+        problem = f"{len(data.names)} lines, but the network has {outputs} outputs"
+        raise RequestError(f"{data.given}: {problem}")
+    if data.named and not names:
+        problem = f"'{data.named}' is a class of ImageNet, but the network has {count} classes"
+        raise RequestError(f"{problem}: give --classes, or class IDs")
+    if data.folders:
+        names = resolve_folders(data, names, count)
+    picture, highest = max(data.pictures, key=lambda item: item[1])
+    if highest >= count:
+        problem = f"{picture} has class ID {highest}"
+        raise RequestError(f"{problem}, but the network's classes are 0 to {count - 1}")
+    data.names = names or [f"class {i}" for i in range(count)]
 
 
-def read_val_file(path, root):
-    """[(name of a picture, class ID)] from a file like ImageNet's val.txt: lines of "name ID"."""
-    lines = [(number, line) for number, line in enumerate(read_lines(path), 1) if line.strip()]
-    found = {}  # {name: (class ID, number of its line)}
-    for number, line in lines:
-        *name, label = line.rsplit(maxsplit=1)
-        if not name or not (label.isascii() and label.isdecimal() and len(label) < 10):
-            raise RequestError(f"{path}, line {number}: '{line[:60]}' is not 'name class-ID'")
-        name = os.path.normpath(name[0])
-        other, first = found.setdefault(name, (int(label), number))
-        if other != int(label):
-            problem = f"{name} is class {other} in line {first}, and {int(label)} in line {number}"
-            raise RequestError(f"{path}: {problem}")
-    if len(found) < len(lines):
-        print(f"NOTE: {path}: {len(lines) - len(found)} lines repeat others, and count once")
-    if not found:
-        raise RequestError(f"{path}: no pictures in it; it takes lines of 'name class-ID'")
-    missing = [name for name in found if not os.path.isfile(os.path.join(root, name))]
-    if len(missing) > MAX_SKIPPED * len(found):
-        problem = f"of {len(found)} pictures, {len(missing)} don't exist in {root}: {missing[0]}"
-        raise RequestError(f"{path}: {problem}; it takes lines of 'name class-ID'")
-    return [(name, label) for name, (label, _) in found.items()]
+def resolve_folders(data, names, count):
+    """Replace the pictures' folders by class IDs; return the names of all classes, or [].
+
+    A folder is the class of that name, if names are in force: those of --classes, or ImageNet's if
+    the network has 1000 outputs and one of the folders is such a class. Else its number is the ID,
+    or the folders are all the classes, in sorted order.
+    """
+    folders, classes = data.folders, index_classes(names)
+    unknown = [folder for folder in folders if folder not in classes]
+    inside = [{e.name for e in os.scandir(Path(data.root, f)) if e.is_dir()} for f in folders]
+    if not unknown:
+        ids = [classes[folder] for folder in folders]
+    elif all(re.fullmatch(r"[0-9]{1,9}", folder) for folder in folders):
+        ids = [int(folder) for folder in folders]
+        if sorted(ids) == [*range(count)] != ids:
+            note = "the folders are class IDs; ImageFolder trains on 0, 1, 10, 2 ..."
+            print(f"NOTE: {note}: for that order, give --classes with the names in it")
+    elif any(len(a & b) > 1 for a, b in combinations(inside, 2)):
+        problem = f"{', '.join(folders[:5])} have the same folders in them"
+        raise RequestError(f"{data.root}: {problem}: give one of them as --img_root_dir")
+    elif data.given or len(unknown) < len(folders) or len(folders) != count:
+        which = f"not in {data.given or data.source}: " if names else ""
+        problem = f"{len(folders)} class folders for {count} classes, {which}"
+        problem += f"{', '.join(unknown[:5])}{data.empty}"
+        hint = "name them by IDs, or lines or first words of --classes, or have one for each class"
+        raise RequestError(f"{data.root}: {problem}: {hint}")
+    else:
+        ids, names = range(count), folders
+    ends = ", ..., ".join(f"folder {folders[i]} is class {ids[i]}" for i in (0, -1))
+    found = f"{len(data.pictures)} pictures in {len(folders)} classes: {ends}"
+    print(f"{data.root}: {found}{data.empty}")
+    ids = dict(zip(folders, ids, strict=True))
+    data.pictures = [(picture, ids[folder]) for picture, folder in data.pictures]
+    return names

@@ -75,7 +75,7 @@ class Request:
 class Network:
     """A classifier in PyTorch: float32 (batch, 3, height, width) to logits (batch, classes)."""
 
-    request: Request  # as it was met: with random weights if the default ones can't be downloaded
+    request: Request  # as fulfilled: with random weights if the default ones can't be downloaded
     weights: str  # torchvision's name, the file's name, "random", or "own"
     model: object  # torch.nn.Module in eval mode
     preprocessing: Preprocessing

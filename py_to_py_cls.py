@@ -37,11 +37,13 @@ from classification import (
     read_picture,
     run,
 )
-from common import Preprocessing, find_bundled, get_digest, read_tutorial, write_entry
-from conversion import convert, find_converted
-from evaluation import RANK, check_evaluation, evaluate, first_process_first, join_processes
-from labelled_pictures import fit_labels, get_data
+from common import Preprocessing, find_bundled, read_tutorial
+from conversion import convert
+from entries import find_converted, write_entry
+from evaluation import evaluate, make_plan
+from labelled_pictures import get_data
 from networks import Request, get_torchvision_names, get_torchvision_weights, load_network
+from processes import LOCAL_RANK, RANK, first_process_first, join_processes
 from test_config import CLS_TEST_DATA_DIR, RESULTS_DIR, TestClsConfig, TestClsModuleConfig
 from verify import get_references
 
@@ -113,7 +115,7 @@ def add_config(parser, config_class, title, description=None):
 def get_args():
     """The command line, with args.request.
 
-    Raises RequestError for some options that have no effect, or don't go together.
+    Raises RequestError for options that would have no effect, or conflict.
     """
     args = get_parser().parse_args()
     if not (args.model_name or args.list_models):
@@ -121,10 +123,9 @@ def get_args():
     if args.evaluate is None:
         args.evaluate = not args.test
     width, height = args.frame_width or args.frame_size, args.frame_height or args.frame_size
-    request = Request(
-        args.model_name, args.weights, args.weights_key, width, height, args.transform
-    )
-    args.request, args.given = request, read_tutorial(vars(args))
+    what = args.model_name, args.weights, args.weights_key
+    args.request = Request(*what, width, height, args.transform)
+    args.given = read_tutorial(vars(args))
     if args.bgr_to_rgb is not None:
         args.given.setdefault("rgb", args.bgr_to_rgb)
     if args.weights_key and not args.request.is_file:
@@ -144,11 +145,8 @@ def check_given(args):
     if "--rsz_width" in given and args.default_img_preprocess and not is_tutorial:
         hint = "--preprocess tutorial or --default_img_preprocess False"
         raise RequestError(f"--rsz_width and --rsz_height need {hint}; --resize is for all others")
-    if (
-        is_tutorial
-        and not args.test
-        and given & {"--resize", "--interpolation", "--center", "--crop"}
-    ):
+    others = given & {"--resize", "--interpolation", "--center", "--crop"}
+    if is_tutorial and not args.test and others:
         problem = "--preprocess tutorial cuts the centre out of --rsz_width x --rsz_height pixels"
         raise RequestError(f"{problem}: leave out --resize, --interpolation, --center and --crop")
     if "--resize" in given and given & {"--rsz_width", "--crop"}:
@@ -162,13 +160,9 @@ def get_preprocessing(own, declared, args, module_config):
 
     own: the network's; declared: whether anybody says so.
     """
-    # the tutorial's initial size is the evaluation's alone
-    given = (
-        {k: v for k, v in args.given.items() if "initial" not in k}
-        if args.default_img_preprocess
-        else args.given
-    )
-    base = own
+    given, base = args.given, own
+    if args.default_img_preprocess:  # the tutorial's initial size is the evaluation's alone
+        given = {name: value for name, value in given.items() if "initial" not in name}
     if not args.default_img_preprocess:
         fields = read_tutorial(vars(module_config))
         base = Preprocessing(**fields, width=own.width, height=own.height)
@@ -211,56 +205,56 @@ def list_models():
         )
 
 
-def get_converted(args, module_config, picture, names, data):
-    """(Network, Converted): the file that was converted before, or a new one with its entry.
+def get_converted(args, config, module_config, picture, names, data):
+    """(Network, Converted, Plan of the evaluation) of the network's file: a new one, or reused.
 
-    A test, or a conversion alone, takes a file whose entry was written for the same options. If
-    that is known without PyTorch, the Network is None. An evaluation takes any entry of the file,
-    and changes none; if it has to convert, the entry gets the network's own preprocessing.
+    Without an evaluation, a file that is found without PyTorch is enough: the Network is None.
     """
-    only_evaluates = args.evaluate and not args.test
-    # what the entry depends on, beside the network
-    options = {"as_network_wants": args.default_img_preprocess or only_evaluates}
-    options |= {"given": args.given, "classes": get_digest(module_config.classes)}
-    if not (args.evaluate or args.transform):
-        converted = find_converted(args.request, options)
-        if converted:
-            return None, converted
-    or_random = data is None or data.bundled
-    network = load_network(args.request, or_random, module_config.input_img)
-    preprocessing = get_preprocessing(network.preprocessing, network.declared, args, module_config)
-    args.preprocessing = preprocessing  # the evaluation's as well
-    # again: only now is it known that a download failed, or that a size is the network's own
-    converted = find_converted(network.request, None if only_evaluates else options)
-    if converted:
-        if args.evaluate:
-            check_evaluation(network, data, converted.outputs, args)
-        return network, converted
-    references = get_references(network.model, get_blob(picture, preprocessing))
-    outputs = references[0].logits.shape[1]
+    network, plan = None, None
+    converted = None if args.evaluate or args.transform else find_converted(args.request)
+    if not converted or converted.transform:
+        or_random = data is None or data.bundled
+        network = load_network(args.request, or_random, module_config.input_img)
+        # again: only now is it known that a download failed, or that a size is the network's own
+        converted = find_converted(network.request, network)
+    references, about = [], network or converted
+    args.preprocessing = get_preprocessing(about.preprocessing, about.declared, args, module_config)
+    if not converted:
+        references = get_references(network.model, get_blob(picture, network.preprocessing))
+    outputs = converted.outputs if converted else references[0].logits.shape[1]
     if args.evaluate:  # before the export, which takes longer
-        check_evaluation(network, data, outputs, args)
-    own = network.class_names if len(network.class_names) == outputs and not args.classes else []
-    labels = [] if own else fit_labels(names, args.classes, outputs)
-    print_assumptions(network, args.given, labels and not args.classes)
+        plan = make_plan(network, data, outputs, config, args)
+    elif args.classes and len(names) != outputs:
+        problem = f"{len(names)} lines, but the network has {outputs} outputs"
+        raise RequestError(f"{args.classes}: {problem}")
+    if not converted:
+        converted = convert(network, references, args.allow_branches)
+    return network, converted, plan
+
+
+def save_entry(args, module_config, converted, names):
+    """Write the entry that test mode or a conversion asks for; report what had to be assumed.
+
+    An evaluation by itself says what the file is, and leaves how an older entry has it used, unless
+    that doesn't fit any more.
+    """
+    only_evaluates, p = args.evaluate and not args.test, args.preprocessing
+    own = [] if args.classes else converted.get_class_names()
+    labels = module_config.classes if len(names) == converted.outputs and not own else None
+    if not converted.declared and not args.given.keys() & {"scale", "mean", "std"}:
+        problem = f"{converted.path.stem} declares no preprocessing: assuming ImageNet's"
+        hint = "--transform or --resize, --mean, --std change it"
+        print(f"NOTE: {problem}; {hint}", file=sys.stderr)
+    if not converted.known_classes and labels and not args.classes:
+        problem = f"assuming that {converted.path.stem}'s classes are ImageNet's"
+        print(f"NOTE: {problem}; --classes names others")
     if own:
         print(f"class names: the network's own, {', '.join(own)[:60]} ...")
-    print(f"preprocessing: {describe(preprocessing)}")
-    converted = convert(network, references, args.allow_branches)
+    print(f"preprocessing: {describe(p)}")
+    if only_evaluates and converted.declared:
+        p = converted.preprocessing  # the options are the evaluation's, not the entry's
     with as_file(own) as file:
-        classes = file if own else module_config.classes if labels else None
-        write_entry(converted, preprocessing, classes, options)
-    return network, converted
-
-
-def print_assumptions(network, given, imagenets_labels):
-    """Say what nobody has said about the network."""
-    name, options = network.request.name, "--transform or --resize, --mean, --std"
-    if not network.declared and not given.keys() & {"scale", "mean", "std"}:
-        note = f"{name} declares no preprocessing: assuming ImageNet's; {options} change it"
-        print(f"NOTE: {note}", file=sys.stderr)
-    if imagenets_labels and not network.published and not network.request.is_random:
-        print(f"NOTE: assuming that {name}'s classes are ImageNet's; --classes names others")
+        write_entry(converted, p, file if own else labels, anew=not only_evaluates)
 
 
 def run_test_module(converted, module_config):
@@ -288,12 +282,14 @@ def main():
     data = get_data(config, args, names) if args.evaluate else None
     join_processes()  # torchrun's
     with first_process_first():
-        network, converted = get_converted(args, module_config, picture, names, data)
+        network, converted, plan = get_converted(args, config, module_config, picture, names, data)
+        if LOCAL_RANK == 0:
+            save_entry(args, module_config, converted, names)
     code = 0
     if args.test and RANK == 0:
         code = run_test_module(converted, module_config)
     if args.evaluate:
-        evaluate(network, converted, data, config, args)
+        evaluate(network, converted, data, plan, args.resume)
     return code
 
 

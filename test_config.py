@@ -34,7 +34,9 @@ class TestClsConfig:
         None, "width and height of the blob, px, if not the network's own", positive_int
     )
     img_root_dir: str = option(IMAGENET_VAL_DIR, "folder of the labelled pictures")
-    img_cls_file: str = option("./val.txt", "their labels: lines of 'name class-ID'")
+    img_cls_file: str = option(
+        "./val.txt", "their labels, lines of NAME,LABEL; or val.txt or val.csv beside them"
+    )
     bgr_to_rgb: bool = option(None, "the tutorial's name for --rgb", boolean)
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -75,28 +76,30 @@ def run(*command):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def run_evaluation(name, folder):
+def run_evaluation(name, folder, preprocess):
     """(the summary that py_to_py_cls.py writes, seconds of its forward passes, from its table)."""
     options = ["--weights", "random", "--img_root_dir", folder, "--img_cls_file", "labels.txt"]
-    run(ROOT / "py_to_py_cls.py", "--model_name", name, *options, "--batch_size", BATCH)
-    with open(f"logs/{name}-random_pictures.csv", newline="") as file:
+    options += ["--preprocess", preprocess, "--batch_size", BATCH]
+    run(ROOT / "py_to_py_cls.py", "--model_name", name, *options)
+    folder = max(Path("logs").glob(f"{name}-random_*"), key=lambda path: path.stat().st_mtime)
+    with open(folder / "pictures.csv", newline="") as file:
         ms = [float(row["pytorch_ms"]) + float(row["opencv_ms"]) for row in csv.DictReader(file)]
-    return json.loads(Path(f"logs/{name}-random_summary.json").read_text()), sum(ms) / 1000
+    return json.loads((folder / "summary.json").read_text()), sum(ms) / 1000
 
 
 def get_logits(name, folder, engine, number):
     """Both networks' logits as py_to_py_cls.py has them, (2, number, classes)."""
     import torch
 
-    from classification import ENGINES, read_picture
-    from evaluation import get_centre_blob
+    from batches import get_tutorial_blob
+    from classification import ENGINES
     from networks import Request, load_network, run_pytorch
     from verify import run_opencv
 
     network = load_network(Request(name, "random"))
+    p = replace(network.preprocessing, resize=(), initial_width=256, initial_height=256)
     paths = [f"{folder}/{n}" for n in sorted(os.listdir(folder))[:number]]
-    blobs = [get_centre_blob(read_picture(path), network.preprocessing) for path in paths]
-    blob = np.concatenate(blobs)
+    blob = np.stack([get_tutorial_blob(path, p) for path in paths])
     net = cv2.dnn.readNetFromONNX(f"models/{name}-random.onnx", ENGINES[engine])
     model = network.model.to(memory_format=torch.channels_last)
     logits = run_pytorch(model, blob)
@@ -108,9 +111,9 @@ def compare_programs(name, folder, rounds):
         ROOT / "py_to_py_cls.py", "--model_name", name, "--weights", "random", "--evaluate", "False"
     )
     names = sorted(os.listdir(folder))
-    speed, overhead = [], []
+    speed, overhead, own_overhead = [], [], []
     for _ in range(rounds):
-        tutorial = float(run(__file__, "--tutorial", name, folder))
+        tutorial = float(run(__file__, "--tutorial", name, folder).splitlines()[-1])
         logits = np.load("tutorial.npy")
         # labels that are right for every second picture
         labels = logits[0].argmax(axis=1) + np.arange(len(names)) % 2
@@ -118,8 +121,10 @@ def compare_programs(name, folder, rounds):
         Path("labels.txt").write_text(
             "".join(f"{n} {label}\n" for n, label in zip(names, labels, strict=True))
         )
-        summary, forward_seconds = run_evaluation(name, folder)
-        networks = [summary[key] for key in summary if key == "PyTorch" or key.startswith("OpenCV")]
+        own, own_seconds = run_evaluation(name, folder, "own")
+        own_overhead.append(own["seconds"] / own_seconds)
+        summary, forward_seconds = run_evaluation(name, folder, "tutorial")
+        networks = [summary["pytorch"], summary["opencv"]]
         speed.append(tutorial / summary["seconds"])
         overhead.append(summary["seconds"] / forward_seconds)
         accuracy = [100 * (o.argmax(axis=1) == labels).mean() for o in logits]
@@ -128,6 +133,7 @@ def compare_programs(name, folder, rounds):
     l_inf = np.abs(get_logits(name, folder, engine, 100) - logits[:, :100]).max()
     print(
         f"{name:16} {statistics.median(speed):8.2f} {statistics.median(overhead):10.3f} "
+        f"{statistics.median(own_overhead):10.3f} "
         f"{'yes' if same else 'NO':>10} {l_inf:10.1e} {engine:>8}",
         flush=True,
     )
@@ -167,7 +173,7 @@ def main():
         if args.memory:
             compare_memory("squeezenet1_1", "photographs")
         else:
-            print("network           x faster  / forward   accuracy      L_inf   engine")
+            print("network           x faster  / forward        own   accuracy      L_inf   engine")
             for name in args.networks:
                 compare_programs(name, "photographs", args.rounds)
         os.chdir("/")

@@ -273,6 +273,12 @@ def near(logits, **tolerance):
     return logits.argmax(), pytest.approx(logits.max(), **tolerance or {"abs": 1e-4})
 
 
+def find_result(folder, end, name=""):
+    """The path of the newest file of that name of an evaluation's results."""
+    found = folder.glob(f"logs/{name}*_*/{end}")
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
 def get_output(result):
     """What a process has printed that ended with exit code 0."""
     assert result.returncode == 0, result.stderr

@@ -13,22 +13,27 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, ROOT, check_one_line, get_output
+from conftest import PICTURES, ROOT, check_one_line, find_result, get_output, run_torch
 from filelock import FileLock
 from PIL import Image
+from torchvision import models
 from torchvision.transforms import v2
 
+import batches
+import charts
+import conversion
 import evaluation
-from classification import RequestError, read_picture
-from evaluation import Row, read_batches
-from labelled_pictures import Data, get_data
+import results
+from classification import RequestError, read_picture, read_zoo
+from evaluation import Plan, Row, gather_batches
+from labelled_pictures import Data
 from networks import IMAGENET, Request
 from test_config import TestClsConfig
 
@@ -37,6 +42,7 @@ IMAGENETS = (PICTURES / "imagenet_classes.txt").read_text().splitlines()
 CLS = str(ROOT / "py_to_py_cls.py")
 NAME = "squeezenet1_1-trained"
 RESULTS = ["log.txt", "pictures.csv", "summary.json", "time.png", "wrong.png"]
+TIMES = ("pytorch_ms", "opencv_ms", "warm_up")
 
 
 @pytest.fixture(scope="session")
@@ -73,25 +79,30 @@ def get_options(data):
     return [*map(str, options), "--batch_size", "4", "--engine", "new"]
 
 
-def read_table(folder, name=f"{NAME}_new", times=False):
-    """The rows of the table, without the times."""
-    with open(folder / "logs" / f"{name}_pictures.csv", newline="", encoding="utf-8") as file:
+def read_table(folder, times=False, start=""):
+    """The rows of the newest table, without the times."""
+    path = find_result(folder, f"{start}pictures.csv")
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    for row in rows if not times else ():
-        del row["pytorch_ms"], row["opencv_ms"], row["warm_up"]
-    return rows
+    return [{k: v for k, v in row.items() if times or k not in TIMES} for row in rows]
 
 
-def read_figures(folder, name=f"{NAME}_new"):
+def read_figures(folder, start=""):
     """The figures and rows that must not depend on how the run went."""
-    summary = json.loads((folder / "logs" / f"{name}_summary.json").read_text())
-    for network in summary.values():
-        if isinstance(network, dict) and "ms_mean" in network:
-            for time_ in ("ms_mean", "ms_median", "ms_p95"):
-                assert network.pop(time_) > 0
+    summary = read_summary(folder, start)
+    for network in ("pytorch", "opencv"):
+        for time_ in ("ms_mean", "ms_median", "ms_p95"):
+            assert summary[network].pop(time_) > 0
     about = ("seconds", "processes", "threads")
     about += ("pictures_root", "pictures_sha256")  # of a worker's own copy
-    return {k: v for k, v in summary.items() if k not in about} | {"rows": read_table(folder, name)}
+    summary = {k: v for k, v in summary.items() if k not in about}
+    return summary | {"rows": read_table(folder, start=start)}
+
+
+def list_logs(folder):
+    """What the evaluations of a folder have left, without the hashes."""
+    found = (str(path.relative_to(folder / "logs")) for path in folder.glob("logs/**/*"))
+    return sorted(re.sub(r"_[0-9a-f]{12}", "", path) for path in found)
 
 
 @pytest.fixture(scope="session")
@@ -99,15 +110,14 @@ def whole(tmp_path_factory, data, weights, converted):
     """Figures of a run that was never stopped, from the label file; made by one worker for all."""
     folder = tmp_path_factory.getbasetemp().parent / "whole"
     with FileLock(f"{folder}.lock"):
-        if not (folder / "logs" / f"{NAME}_new_summary.json").exists():
+        if not list(folder.glob("logs/*/summary.json")):
             folder.mkdir(exist_ok=True)
             shutil.copytree(converted, folder / "models")
             options = ["--model_name", "squeezenet1_1", "--weights", str(weights)]
             options += [*get_options(data), "--img_cls_file", str(data / "labels.txt")]
             env = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run([sys.executable, CLS, *options], cwd=folder, check=True, env=env)
-    found = sorted(p.name for p in (folder / "logs").iterdir())
-    assert found == [f"{NAME}_new_{end}" for end in RESULTS]
+    assert list_logs(folder)[1:] == [f"{list_logs(folder)[0]}/{end}" for end in RESULTS]
     return read_figures(folder)
 
 
@@ -127,6 +137,33 @@ def build():
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
+class Nan(nn.Module):
+    \"\"\"The same, but nan for pictures of the value 7.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        self.net = build()
+
+    def forward(self, x):
+        logits = self.net(x)
+        return torch.where(x.mean((1, 2, 3))[:, None] == 7, logits * float("nan"), logits)
+
+
+def build_sigmoid():
+    \"\"\"The probability of class 1 of the network below.\"\"\"
+    return nn.Sequential(build_binary(), nn.Sigmoid())
+
+
+def build_labels():
+    \"\"\"Four probabilities that don't add up to 1: sigmoids of x - 1, 2 - x, 0 and x - 6.\"\"\"
+    head = nn.Linear(3, 4)
+    with torch.no_grad():
+        head.weight[:] = 0
+        head.weight[:, 1] = torch.tensor([1.0, -1.0, 0.0, 1.0])
+        head.bias[:] = torch.tensor([-1.0, 2.0, 0.0, -6.0])
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head, nn.Sigmoid())
+
+
 def build_binary():
     \"\"\"A single logit, x - 4.5.\"\"\"
     head = nn.Linear(3, 1)
@@ -138,24 +175,29 @@ def build_binary():
 
 
 @pytest.fixture
-def grey(run, folder):
+def grey(run, folder, monkeypatch):
     """grey(pictures, *options): evaluates a network that names the grey value of a picture.
 
     pictures: [(name, value, label)]; value None: not a picture. So all figures are known.
     """
 
-    def grey(pictures, *options, function="build", classes=10):
+    # both engines are right, and nothing branches: other tests are about that
+    monkeypatch.setattr(conversion, "check", lambda *_: ["new", "classic"])
+    monkeypatch.setattr(conversion, "check_branches", lambda *_: None)
+    plain = ["--scale", 1, "--mean", 0, 0, 0, "--std", 1, 1, 1]
+
+    def grey(pictures, *options, function="build", classes=10, preprocessing=plain, make=True):
         (folder / "grey.py").write_text(GREY.replace("CLASSES", str(classes)))
         (folder / "set").mkdir(exist_ok=True)
         for name, value, _ in pictures:
             path = folder / "set" / name
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b"broken" if value is None else encode(value))
+            if make and not (value is None and path.exists()):
+                path.write_bytes(b"broken" if value is None else encode(value))
         if "--img_root_dir" not in options:
             lines = [f"{name} {label}\n" for name, _, label in pictures]
             (folder / "val.txt").write_text("".join(lines))
             options += ("--img_root_dir", "set", "--img_cls_file", "val.txt")
-        preprocessing = ["--scale", 1, "--mean", 0, 0, 0, "--std", 1, 1, 1]
         return run("py_to_py_cls.py", "--model_name", f"grey:{function}", *preprocessing, *options)
 
     return grey
@@ -165,8 +207,8 @@ def encode(value):
     return cv2.imencode(".png", np.full((40, 40, 3), value, np.uint8))[1].tobytes()
 
 
-def read_summary(folder, name="grey-build"):
-    return json.loads((folder / "logs" / f"{name}_summary.json").read_text())
+def read_summary(folder, start=""):
+    return json.loads(find_result(folder, f"{start}summary.json").read_text())
 
 
 # --- the table and the figures --------------------------------------------------------------------
@@ -178,7 +220,7 @@ def test_figures_known_beforehand(grey, folder):
     values = [(3, 3, 1), (4, 4, 1), (2, 0, 5), (2, 0, 5), (2, 5, 6), (5, 6, 2), (1, 1, 1)]
     pictures = [(f"{i:02}.png", value, label) for i, (value, label, _) in enumerate(values)]
     output = get_output(grey(pictures, "--batch_size", 3))
-    rows = read_table(folder, "grey-build")
+    rows = read_table(folder)
     for row, (value, _, rank) in zip(rows, values, strict=True):
         assert row["pytorch_class"] == row["opencv_class"] == str(value)
         assert row["pytorch_rank"] == row["opencv_rank"] == str(rank)
@@ -191,31 +233,31 @@ def test_figures_known_beforehand(grey, folder):
         assert 0 <= float(row["l1"]) <= float(row["l_inf"]) < 1e-3
     assert [row["batch"] for row in rows] == list("0001112")
     summary = read_summary(folder)
-    for network in ("PyTorch", f"OpenCV {cv2.__version__}"):
+    for network in ("pytorch", "opencv"):
         assert summary[network]["top1"] == pytest.approx(100 * 3 / 7)
         assert summary[network]["top5"] == pytest.approx(100 * 6 / 7)
-    assert summary["confused"] == [[0, 2, 2], [5, 2, 1], [6, 5, 1]]
-    assert "* class 0 -> class 2: 2\n* class 5 -> class 2: 1\n" in output
+    assert summary["confused"] == [[0, 2, 2]]  # the others occur once
+    assert "* class 0 -> class 2: 2\n" in output
     assert "ms per picture, 95th percentile of batches" in output  # not of pictures
 
     # the question that a table answers in one line, and the log's lines, which are cumulative
     wrong = Counter((r["label"], r["pytorch_class"]) for r in rows if r["pytorch_rank"] != "1")
     assert wrong.most_common(1) == [(("0", "2"), 2)]
-    log = (folder / "logs" / "grey-build_log.txt").read_text()
+    log = find_result(folder, "log.txt").read_text()
     found = re.findall(r"^(\d) Accuracy for PyTorch: top-1 (\S+), top-5 (\S+)$", log, re.M)
     assert found == [("3", "66.67", "100.00"), ("6", "33.33", "83.33"), ("7", "42.86", "85.71")]
 
 
 def test_contact_sheet(grey, folder):
-    """The wrong pictures; an older sheet goes when nothing is wrong any more."""
+    """The wrong pictures; there is none when nothing is wrong."""
     pictures = [(f"{i}.png", 18 * i, 9) for i in range(14)]
     result = grey(pictures, classes=300)
-    sheet = folder / "logs" / "grey-build_wrong.png"
-    assert f"wrong pictures: logs/{sheet.name}" in result.stdout
+    sheet = find_result(folder, "wrong.png")
+    assert f"wrong pictures: logs/{sheet.parent.name}/{sheet.name}" in result.stdout
     drawn = cv2.imread(str(sheet))
     assert drawn.shape[0] > 900 and drawn.shape[1] > 1000
     grey([(name, value, value) for name, value, _ in pictures], classes=300)
-    assert not sheet.exists()
+    assert not find_result(folder, "time.png").with_name("wrong.png").exists()
 
 
 def test_odd_names(grey, folder):
@@ -223,23 +265,27 @@ def test_odd_names(grey, folder):
     names = ["new\nline.png", 'a "b", c.png', "back\\slash.png", "é.png"]
     pictures = [(f"{number}/{name}", number, None) for number, name in enumerate(names)]
     get_output(grey(pictures, "--img_root_dir", "set", "--batch_size", 2))
-    rows = read_table(folder, "grey-build")
+    rows = read_table(folder)
     assert [row["picture"] for row in rows] == [name for name, _, _ in pictures]
     assert [row["pytorch_rank"] for row in rows] == ["1"] * 4
 
 
-def test_evaluation_is_right(run, folder, weights, squeezenet, get_logits):
-    """Accuracy against labels of which every third is first, fourth, and eighth."""
-    lines = []
+def test_evaluation_is_right(run, folder, weights, squeezenet):
+    """Accuracy against labels of which every third is first, fourth, and eighth for PyTorch.
+
+    Behind torchvision's transforms of the pictures that PIL reads.
+    """
+    transforms, lines = models.SqueezeNet1_1_Weights.IMAGENET1K_V1.transforms(), []
     for number, (name, _) in enumerate(LABELLED):
-        order = np.argsort(-get_logits(squeezenet, PICTURES / name))
+        blob = transforms(Image.open(PICTURES / name))[None].numpy()
+        order = np.argsort(-run_torch(squeezenet, blob)[0])
         lines.append(f"{name} {order[(0, 3, 7)[number % 3]]}\n")
     (folder / "labels.txt").write_text("".join(lines))
     shutil.copy(weights, folder / "own.pth")
     options = ["--model_name", "squeezenet1_1", "--weights", "own.pth", "--batch_size", "5"]
     options += ["--img_root_dir", PICTURES, "--img_cls_file", "labels.txt"]
     output = get_output(run("py_to_py_cls.py", *options))
-    log = (folder / "logs" / "squeezenet1_1-own_log.txt").read_text()
+    log = find_result(folder, "log.txt", "squeezenet1_1-own").read_text()
     for line in (
         r"top-1 accuracy, % of 12 +33\.33 +33\.33",
         r"top-5 accuracy, % of 12 +66\.67 +66\.67",
@@ -249,94 +295,98 @@ def test_evaluation_is_right(run, folder, weights, squeezenet, get_logits):
     assert "same class 12 of 12" in output
     l1, l_inf = map(float, re.findall(r"L1 (\S+), L_inf (\S+),", log)[-1])
     assert 0 < l1 <= l_inf < 1e-3
-    chart = cv2.imread(str(folder / "logs" / "squeezenet1_1-own_time.png"))
+    chart = cv2.imread(str(find_result(folder, "time.png")))
     assert chart.shape[0] > 400 and chart.std() > 10
-    summary = json.loads((folder / "logs" / "squeezenet1_1-own_summary.json").read_text())
-    for network in ("PyTorch", f"OpenCV {cv2.__version__}"):
+    summary = read_summary(folder)
+    assert summary["versions"]["opencv"] == cv2.__version__
+    for network in ("pytorch", "opencv"):
         assert summary[network]["top1"] == 100 * 4 / 12
         assert summary[network]["ms_median"] <= summary[network]["ms_p95"]
     sha1 = hashlib.sha1((folder / "models" / "squeezenet1_1-own.onnx").read_bytes()).hexdigest()
     assert summary["onnx"] == {"sha1": sha1}
 
 
-def test_evaluation_with_the_tutorials_preprocessing():
-    """The true centre of 256x256 pixels, which blobFromImage's crop would shrink."""
+def test_tutorials_blob():
+    """The true centre crop: torchvision's own transforms on the same resized picture."""
     picture = cv2.imread(str(PICTURES / "koala.jpg"))
     rgb = cv2.resize(picture[:, :, ::-1].astype(np.float32), (256, 256)) / 255
     normalize = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    expected = v2.Compose([v2.CenterCrop(224), normalize])(torch.from_numpy(rgb).permute(2, 0, 1))
-    p = replace(IMAGENET, resize=(), initial_width=256, initial_height=256)
-    blob = evaluation.get_tutorial_blob(PICTURES / "koala.jpg", p)
+    transforms = v2.Compose([v2.CenterCrop(224), normalize])
+    expected = transforms(torch.from_numpy(rgb).permute(2, 0, 1)).numpy()
+    tutorials = replace(IMAGENET, resize=(), initial_width=256, initial_height=256)
+    blob = batches.get_tutorial_blob(PICTURES / "koala.jpg", tutorials)
     assert blob.dtype == np.float32
-    assert np.abs(blob - expected.numpy()).max() < 1e-5
-
-
-# --- odd requests and data ------------------------------------------------------------------------
-
-
-def get_pictures(folder, names, config=None, named_labels=False, class_names=None):
-    """evaluation.get_data of a folder of empty files."""
-    for name in names:
-        (folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "set" / name).touch()
-    config = TestClsConfig(img_root_dir=str(folder / "set"), **(config or {}))
-    given = SimpleNamespace(
-        img_root_dir=config.img_root_dir,
-        img_cls_file=config.img_cls_file if named_labels else None,
-        classes="names.txt" if class_names else None,
-    )
-    return get_data(config, given, class_names or IMAGENETS)
-
-
-def check(data, outputs=1000, preprocess="own", network=None, preprocessing=IMAGENET, **given):
-    """evaluation.check_evaluation for a torchvision network of `outputs` logits."""
-    network = network or SimpleNamespace(transform=None, preprocessing=preprocessing)
-    args = {"preprocess": preprocess, "classes": None, "preprocessing": preprocessing} | given
-    evaluation.check_evaluation(network, data, outputs, SimpleNamespace(**args))
+    assert np.abs(blob - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize(
-    "folders, lines, ids",
+    "options, size, initial",
     [
-        (["1", "105", "387"], None, [1, 105, 387]),
-        (["n0", "n2"], ["n2 koala", "n0 cat, tom", "n1 dog"], [1, 0]),
-        (["n0", "n2"], ["n2", "n0", "n1"], [1, 0]),
-        # no such lines, or ambiguous: in sorted order, if there is one for each output
-        (["n0", "n1"], None, [0, 1]),
-        (["n0", "n1"], ["n0", "other"], [0, 1]),
-        (["n0", "n1"], ["n0", "n1", "n0"], [0, 1]),
-        # without --classes nobody says that the network's classes are ImageNet's
-        (["bison", "fig"], None, [0, 1]),
+        ({}, 224, (256, 256)),
+        ({"rsz_width": 300, "rsz_height": 240}, 224, (300, 240)),
+        ({}, 112, (128, 128)),
     ],
 )
-def test_class_folders(folder, capsys, folders, lines, ids):
-    """Named by numbers, or by lines of --classes or their first words; or all the classes."""
-    names = [f"{name}/a.jpg" for name in folders]
-    data = get_pictures(folder, names, class_names=lines)
-    assert data.pictures == list(zip(names, ids, strict=True))
-    ends = [f"folder {folders[i]} is class {ids[i]}" for i in (0, -1)]
-    said = f"{len(ids)} pictures in {len(ids)} classes: {', ..., '.join(ends)}\n"
-    assert said in capsys.readouterr().out
-    if ids != [0, 1]:
-        assert data.names == (lines or IMAGENETS)
-        check(data)
-        return
-    assert data.names == (lines or folders)
-    check(data, outputs=2)
-    with pytest.raises(RequestError, match="2 class folders for 1000 .* IDs .*--classes.*each"):
-        check(data)
+def test_the_plan_of_the_tutorial(options, size, initial):
+    plan = make_plan(size, preprocess="tutorial", **options)
+    p = plan.preprocessing
+    assert (p.resize, p.initial_width, p.initial_height) == ((), *initial)
+    assert (p.mean, p.std, plan.transform) == (IMAGENET.mean, IMAGENET.std, "")
 
 
-def test_class_folders_with_links_and_hidden_folders(folder, capsys):
-    """A hidden folder isn't a class, a link isn't followed, and a stray picture has no class."""
-    (folder / "set" / "a").mkdir(parents=True)
-    (folder / "set" / "b").mkdir()
-    os.symlink("..", folder / "set" / "a" / "loop")
-    os.symlink("../a", folder / "set" / "b" / "again")
-    names = [".cache/x.jpg", "a/1.jpg", "a/deep/2.jpg", "a/.cache/y.jpg", "b/3.JPG", "stray.jpg"]
-    data = get_pictures(folder, names)
-    assert data.pictures == [("a/1.jpg", 0), ("a/deep/2.jpg", 0), ("b/3.JPG", 1)]
-    assert "3 pictures in 2 classes" in capsys.readouterr().out
+def make_plan(size=224, transform=None, **options):
+    """The plan of an evaluation of one picture with these options."""
+    p = replace(IMAGENET, width=size, height=size)
+    network = SimpleNamespace(transform=transform, transform_name="mine", class_names=[])
+    args = {"preprocess": "own", "engine": "auto", "rsz_width": None, "rsz_height": None}
+    args = SimpleNamespace(**args | options, preprocessing=p)
+    data = Data(".", [("a.jpg", 3)], IMAGENETS)
+    return evaluation.make_plan(network, data, 1000, TestClsConfig(), args)
+
+
+def test_plans_that_are_refused():
+    with pytest.raises(RequestError, match="--rsz_width or --rsz_height is less than 224x224"):
+        make_plan(preprocess="tutorial", rsz_width=300, rsz_height=200)
+    with pytest.raises(RequestError, match="--preprocess transform .*give --transform"):
+        make_plan(preprocess="transform")
+    assert make_plan(preprocess="transform", transform=abs).transform == "mine"
+    assert make_plan(transform=abs).transform == ""  # both get the same pictures
+    assert make_plan().batch_size == 1
+
+
+TRANSFORM = """
+from PIL import Image
+from torchvision import transforms
+
+
+class Transform:
+    \"\"\"A picture a grey level brighter than it is, if it is of 200 or more.\"\"\"
+
+    def __call__(self, picture):
+        x = transforms.Compose([transforms.Resize(8), transforms.CenterCrop(8),
+                                transforms.PILToTensor()])(picture).float()
+        return x + SHIFT * (x.min() == x.max()).float()
+"""
+
+
+def test_from_end_to_end(grey, folder):
+    """PyTorch's pictures by the transform, OpenCV's by ours: reported, and not judged."""
+    (folder / "mine.py").write_text(TRANSFORM.replace("SHIFT", "0"))
+    pictures = [(f"{i}.png", i, i) for i in range(5)]
+    options = ["--transform", "mine:Transform", "--frame_size", 8, "--preprocess", "transform"]
+    output = get_output(grey(pictures, *options, preprocessing=()))
+    assert "PyTorch's are prepared by mine:Transform" in output
+    assert "same class 5 of 5" in output
+    # what the measurement doesn't see: pictures of one grey level between its own
+    (folder / "mine.py").write_text(TRANSFORM.replace("SHIFT", "(0 < x.max() < 9)"))
+    output = get_output(grey(pictures, *options, preprocessing=()))
+    summary = read_summary(folder)
+    assert summary["difference"]["same_class"] == 1
+    assert (summary["pytorch"]["top1"], summary["opencv"]["top1"]) == (20, 100)
+    assert "not the same class: 4 pictures" in output and "not judged" in output
+
+
+# --- odd requests and data ------------------------------------------------------------------------
 
 
 def test_bundled_pictures_of_another_network(run, folder):
@@ -347,48 +397,120 @@ def test_bundled_pictures_of_another_network(run, folder):
     assert "exporting" not in result.stdout and not (folder / "models").exists()
 
 
-def test_class_ids_out_of_range(folder):
-    data = get_pictures(folder, ["1/a.jpg", "10/b.jpg"])
-    check(data, outputs=11)
-    with pytest.raises(RequestError, match="10/b.jpg has class ID 10, .* 0 to 9"):
-        check(data, outputs=10)
-
-
 def test_one_output_is_binary(grey, folder):
     """Its answer is 1 if the logit is above 0; the probability is the sigmoid's."""
     pictures = [("a.png", 3, 0), ("b.png", 6, 1), ("c.png", 4, 1), ("d.png", 9, 1)]
     get_output(grey(pictures, function="build_binary"))
-    rows = read_table(folder, "grey-build_binary")
+    rows = read_table(folder)
     assert [row["pytorch_class"] for row in rows] == list("0101")
     assert [row["opencv_rank"] for row in rows] == list("1121")
     for row, logit in zip(rows, (-1.5, 1.5, -0.5, 4.5), strict=True):
         sigmoid = 1 / (1 + np.exp(-abs(logit)))
         assert float(row["pytorch_probability"]) == pytest.approx(sigmoid, rel=1e-4)
-    assert read_summary(folder, "grey-build_binary")["PyTorch"]["top1"] == 75
+    assert read_summary(folder)["pytorch"]["top1"] == 75
 
 
-def test_label_files(folder, capsys):
-    """Lines that repeat others, that conflict, and one in a hundred pictures that doesn't exist."""
-    labels = folder / "val.txt"
-    config = {"img_cls_file": str(labels)}
-    labels.write_text("a.jpg 3\nb.jpg 4\n\n./a.jpg 3\n")
-    data = get_pictures(folder, ["a.jpg", "b.jpg"], config, named_labels=True)
-    assert data.pictures == [("a.jpg", 3), ("b.jpg", 4)]
-    assert "1 lines repeat others" in capsys.readouterr().out
-    labels.write_text("a.jpg 3\nb.jpg 4\n\n./a.jpg 5\n")
-    with pytest.raises(RequestError, match="a.jpg is class 3 in line 1, and 5 in line 4"):
-        get_pictures(folder, [], config, named_labels=True)
-    labels.write_text("".join(f"{i}.jpg 1\n" for i in range(100)))
-    data = get_pictures(folder, [f"{i}.jpg" for i in range(99)], config, named_labels=True)
-    assert len(data.pictures) == 100
+def test_outputs_that_are_probabilities(grey, folder):
+    """One has the threshold 0.5; several that don't add up to 1 are taken as they are."""
+    pictures = [("a.png", 3, 0), ("b.png", 6, 1), ("c.png", 4, 1), ("d.png", 9, 1)]
+    output = get_output(grey(pictures, function="build_sigmoid"))
+    assert "the answer is class 1 if it is above 0.5\n" in output and "top-5" not in output
+    for row, logit in zip(read_table(folder), (-1.5, 1.5, -0.5, 4.5), strict=True):
+        p = 1 / (1 + np.exp(-logit))
+        assert row["pytorch_class"] == str(int(p > 0.5))
+        assert float(row["opencv_probability"]) == pytest.approx(max(p, 1 - p), rel=1e-4)
+        of_label = p if row["label"] == "1" else 1 - p
+        assert float(row["pytorch_label_probability"]) == pytest.approx(of_label, rel=1e-4)
+    assert read_summary(folder)["opencv"]["top1"] == 75
+
+    pictures = [("a.png", 0, 1), ("b.png", 9, 2), ("c.png", 2, 1)]
+    get_output(grey(pictures, function="build_labels"))
+    for row, value in zip(read_table(folder), (0, 9, 2), strict=True):
+        p = 1 / (1 + np.exp(-np.array([value - 1.0, 2.0 - value, 0, value - 6.0])))
+        assert row["pytorch_class"] == str(p.argmax())
+        assert float(row["pytorch_probability"]) == pytest.approx(p.max(), rel=1e-4)
+        of_label = float(row["opencv_label_probability"])
+        assert of_label == pytest.approx(p[int(row["label"])], rel=1e-4)
+    zoo = read_zoo("models/models.yml")
+    assert zoo["grey-build_sigmoid"]["activation"] == zoo["grey-build_labels"]["activation"]
+    assert 'activation: "sigmoid"' in (folder / "models" / "models.yml").read_text()
+
+
+def test_nan_is_a_wrong_answer(grey, folder):
+    """In both networks, also of class 0; the pictures are named, and the JSON has no NaN."""
+    result = grey([("a.png", 3, 3), ("b.png", 7, 0), ("c.png", 7, 7)], function="Nan")
+    check_one_line(result, "2 pictures are nan", "b.png", code=1)
+    assert "the logits are nan: 2 pictures\n* b.png\n* c.png\n" in result.stdout
+    rows = read_table(folder)
+    assert [row["pytorch_name"] for row in rows] == ["class 3", "nan", "nan"]
+    assert [row["opencv_rank"] for row in rows] == ["1", "11", "11"]
+    text = find_result(folder, "summary.json").read_text()
+    summary = json.loads(text, parse_constant=pytest.fail)
+    assert summary["pytorch"]["top1"] == summary["opencv"]["top5"] == pytest.approx(100 / 3)
+    assert summary["nan"] == ["b.png", "c.png"] and summary["difference"]["l1"] is None
+    assert summary["difference"]["same_class"] == 1
+
+
+def test_lines_without_a_terminal(grey, monkeypatch):
+    """Every minute: done, of how many, the time left."""
+    assert evaluation.REPORT_EVERY == 60
+    monkeypatch.setattr(evaluation, "REPORT_EVERY", 0)
+    output = get_output(grey([(f"{i}.png", i, i) for i in range(4)], "--batch_size", 1))
+    done = re.findall(r"^(\d) of 4 pictures, (\d+:\d\d:\d\d) left$", output, re.M)
+    assert [number for number, _ in done] == list("1234") and done[-1][1] == "0:00:00"
+
+
+def test_a_sheet_of_odd_pictures_and_names(grey, folder):
+    """Pictures that are a line, long names, formulas, letters that no font has: no warning."""
+    names = ["costs $5 or $6", "小熊猫", "W" * 90, "$a$ _b^{", *"56789A"]
+    (folder / "odd.txt").write_text("\n".join(names), "utf-8")
+    pictures = [("a.png", 1, 0), ("b.png", 2, 1), (f"{'c' * 99}.png", 3, 2), ("$x$ _y^{.png", 2, 3)]
+    (folder / "set").mkdir()
+    for number, size in enumerate([(2, 3000, 3), (3000, 2, 3)]):
+        cv2.imwrite(str(folder / "set" / f"line{number}.png"), np.full(size, 5, np.uint8))
+        pictures.append((f"line{number}.png", None, 4))
+    result = grey(pictures, "--classes", "odd.txt")
+    sheet = cv2.imread(str(find_result(folder, "wrong.png")))
+    assert result.stderr == "" and sheet.shape[0] > 600
+    assert result.stdout.count("no installed font has U+") <= 1
+    for column in range(1, 4):  # nothing is drawn across the gaps between the pictures
+        assert (sheet[60:, 300 * column - 1 : 300 * column + 1] == 255).all()
+    assert read_table(folder)[1]["label_name"] == names[1]
+
+
+def test_what_cannot_be_drawn(grey, folder, monkeypatch):
+    """It costs a line: the figures are written and printed before."""
+    monkeypatch.setattr(results, "draw_times", lambda *_: 1 / 0)
+    read = charts.read_picture
+    monkeypatch.setattr(charts, "read_picture", lambda path: read(path.with_name("gone.png")))
+    output = get_output(grey([("a.png", 3, 3), ("b.png", 4, 3)]))
+    assert output.index("top-1 accuracy") < output.index("time.png: left out: ZeroDivisionError")
+    assert re.search("wrong.png: left out: .*gone.png", output)
+    names = ["log.txt", "pictures.csv", "summary.json"]
+    assert sorted(path.name for path in folder.glob("logs/*/*")) == names
+
+
+def test_another_run_of_the_same_command(grey, folder, monkeypatch):
+    """It has ended meanwhile, and has removed the rows of both: nothing is written."""
+    run_batches = evaluation.run_batches
+
+    def run(*arguments):
+        interrupted = run_batches(*arguments)
+        next(folder.glob("logs/*/batches/0-*.json")).unlink()
+        return interrupted
+
+    monkeypatch.setattr(evaluation, "run_batches", run)
+    result = grey([(f"{i}.png", i, i) for i in range(5)], "--batch_size", 2)
+    check_one_line(result, "rows of 2 pictures are gone", "another run")
+    assert [path.name for path in folder.glob("logs/*/*")] == ["batches"]
 
 
 def test_order_of_the_channels(grey, folder):
-    """--bgr_to_rgb False is said, and is part of the name of the results."""
+    """--bgr_to_rgb False is said, and its results have a folder of their own."""
     output = get_output(grey([("a.png", 3, 3)], "--bgr_to_rgb", "False"))
     assert "channels in the order BGR" in output
-    assert (folder / "logs" / "grey-build_BGR_pictures.csv").exists()
     assert "channels in the order RGB" in grey([("a.png", 3, 3)]).stdout
+    assert len(list(folder.glob("logs/*/pictures.csv"))) == 2
 
 
 def test_pictures_that_cannot_be_read(grey, folder):
@@ -396,12 +518,12 @@ def test_pictures_that_cannot_be_read(grey, folder):
     pictures = [(f"{i:02}.png", None if 5 <= i < 17 else i % 10, i % 10) for i in range(20)]
     result = grey(pictures, "--batch_size", 4)
     check_one_line(result, "12 of 20 pictures", code=1)
-    log = (folder / "logs" / "grey-build_log.txt").read_text()
+    log = find_result(folder, "log.txt").read_text()
     for text in (result.stdout, log):
         assert "skipped: 12 pictures" in text
         assert text.count("truncated, or not a picture") == 10
         assert text.rindex("truncated") < text.index("8 of 20 pictures")
-    rows = read_table(folder, "grey-build", times=True)
+    rows = read_table(folder, times=True)
     assert len(rows) == 20
     for i, (row, (_, value, label)) in enumerate(zip(rows, pictures, strict=True)):
         skipped = value is None
@@ -410,7 +532,7 @@ def test_pictures_that_cannot_be_read(grey, folder):
         assert row["opencv_rank"] == ("" if skipped else "1") and (row["l1"] == "") == skipped
         assert row["warm_up"] == str(i < 4)
     summary = read_summary(folder)
-    assert summary["read"] == 8 and summary["PyTorch"]["top1"] == 100
+    assert summary["read"] == 8 and summary["pytorch"]["top1"] == 100
     check_one_line(grey([("a.png", None, 3)]), "none of the 1 pictures can be read")
 
 
@@ -473,7 +595,7 @@ def check_resumed(evaluate, folder, whole):
 
 
 def find_running(folder):
-    return sorted(folder.glob(f"logs/{NAME}_new_{'[0-9a-f]' * 12}"))
+    return sorted(folder.glob(f"logs/{NAME}_*/batches"))
 
 
 def count_batches(folder):
@@ -493,28 +615,65 @@ def test_killed_at_several_points(folder, begin, check_resumed):
     stop_after(begin(), folder, 2, signal.SIGKILL)
     stop_after(begin(), folder, count_batches(folder) + 2, signal.SIGKILL)
     assert 4 <= count_batches(folder) < 10
-    assert not (folder / "logs" / f"{NAME}_new_summary.json").exists()
+    assert not list(folder.glob("logs/*/summary.json"))
     (running,) = find_running(folder)
     damaged = next(running.glob("1-*.json"))
     damaged.write_text(damaged.read_text().replace("0.", "1.", 1))
     check_resumed(f"{4 * (count_batches(folder) - 1)} of 40 pictures")
 
 
-def test_ctrl_c(folder, begin, whole):
-    """The results so far, under a name of their own: they don't replace a whole run's."""
-    finished = folder / "logs" / f"{NAME}_new_log.txt"
-    finished.parent.mkdir()
-    finished.write_text("finished before")
+def test_stopped_and_resumed(grey, folder, monkeypatch):
+    """Ctrl-C: the results so far, under names of their own; they go when the whole ones come."""
+    write_batch = evaluation.write_batch
+
+    def write(kept, rows):
+        if rows[0].batch == 2:
+            raise KeyboardInterrupt
+        write_batch(kept, rows)
+
+    pictures = [(f"{i}.png", i, i - i % 2) for i in range(9)]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_batch", write)
+        result = grey(pictures, "--batch_size", 2)
+    check_one_line(result, "stopped by Ctrl-C", code=130)
+    assert "PARTIAL: 4 of 9 pictures" in result.stdout
+    assert "PARTIAL" in find_result(folder, "partial_log.txt").read_text()
+    rows, figures = read_table(folder, start="partial_"), read_figures(folder, "partial_")
+    assert len(rows) == 4 and figures["partial"] and figures["pytorch"]["top1"] == 50
+    parts = sorted(path.name for path in folder.glob("logs/*/*"))
+    assert parts == ["batches", *(f"partial_{end}" for end in RESULTS)]
+
+    output = get_output(grey(pictures, "--batch_size", 2, make=False))
+    assert "resuming after 4 of 9 pictures" in output
+    assert list_logs(folder)[1:] == [f"{list_logs(folder)[0]}/{end}" for end in RESULTS]
+    resumed = read_figures(folder)
+    assert resumed["rows"][:4] == rows and resumed["pytorch"]["top1"] == 100 * 5 / 9
+    get_output(grey(pictures, "--batch_size", 2, "--resume", "False", make=False))
+    assert read_figures(folder) == resumed
+
+    # a whole result stays until there is another whole one
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_batch", write)
+        assert grey(pictures, "--batch_size", 2, make=False).returncode == 130
+    assert read_figures(folder) == resumed and read_figures(folder, "partial_")["partial"]
+
+
+@pytest.mark.slow
+def test_ctrl_c(folder, begin, whole, check_resumed):
+    """The same of a process."""
     process = begin()
     stdout, stderr = stop_after(process, folder, 2, signal.SIGINT)
     assert process.returncode == 130
     assert stderr.splitlines() == ["py_to_py_cls.py: stopped by Ctrl-C"]
     assert "PARTIAL" in stdout
-    assert "PARTIAL" in (folder / "logs" / f"{NAME}_new_partial_log.txt").read_text()
-    rows = read_table(folder, f"{NAME}_new_partial")
+    partial = find_result(folder, "partial_log.txt")
+    assert "PARTIAL" in partial.read_text()
+    rows = read_table(folder, start="partial_")
     assert rows == whole["rows"][: len(rows)] and 0 < len(rows) < 40
-    assert read_figures(folder, f"{NAME}_new_partial")["partial"]
-    assert finished.read_text() == "finished before"
+    assert read_figures(folder, "partial_")["partial"]
+    assert not partial.with_name("log.txt").exists()
+    check_resumed(f"{len(rows)} of 40 pictures")
+    assert not partial.exists() and partial.with_name("log.txt").exists()
 
 
 @pytest.mark.slow
@@ -524,7 +683,7 @@ def test_other_settings_take_nothing_over(folder, begin, evaluate):
     (running,) = find_running(folder)
     output = get_output(evaluate("--batch_size", "20"))
     assert "resuming" not in output
-    assert f"{running.relative_to(folder)}: stopped with other pictures" in output
+    assert f"{running.parent.relative_to(folder)}: belongs to an interrupted run" in output
     assert find_running(folder) == [running]
     assert "resuming" not in get_output(evaluate("--resume", "False"))
     assert not find_running(folder)
@@ -537,7 +696,7 @@ def test_batches_that_are_damaged(folder):
     batches = {number: rows[2 * number : 2 * number + 2] for number in (2, 0, 1)}
     for batch in batches.values():
         evaluation.write_batch(folder / "running", batch)
-    assert repr(read_batches(folder / "running")) == repr(dict(sorted(batches.items())))
+    assert repr(gather_batches(folder / "running")) == repr(dict(sorted(batches.items())))
     del batches[1]
     (path,) = (folder / "running").glob("1-*.json")
     whole = path.read_bytes()
@@ -549,30 +708,49 @@ def test_batches_that_are_damaged(folder):
         b"",
     ):
         path.write_bytes(damaged)
-        assert repr(read_batches(folder / "running")) == repr(dict(sorted(batches.items())))
+        assert repr(gather_batches(folder / "running")) == repr(dict(sorted(batches.items())))
 
 
 def test_the_key_of_an_evaluation(folder):
     """Changed pictures of the same names and sizes are others, and so is another last digit."""
     shutil.copy(PICTURES / "koala.jpg", folder)
     network = SimpleNamespace(request=Request("a"), weights="own")
-    converted = SimpleNamespace(made_from="1", load_info={}, engines=["new"])
-    config = SimpleNamespace(batch_size=5)
-    args = SimpleNamespace(preprocess="tutorial", engine="auto")
+    converted = SimpleNamespace(made_from="1", load_info={}, activation=None)
+    plan = Plan("own", IMAGENET, "", "RGB", "new", 5)
 
-    def key(label=105, preprocessing=IMAGENET):
-        data = Data([("koala.jpg", label)], str(folder), [])
-        return evaluation.get_key(network, converted, preprocessing, data, config, args)
+    def key(label=105, **changed):
+        data = Data(str(folder), [("koala.jpg", label)], [])
+        return evaluation.get_key(network, converted, data, replace(plan, **changed))
 
     before = key()
     assert key() == before
     assert key(label=106) != before
     assert key(preprocessing=replace(IMAGENET, scale=0.00392157)) != before
+    other = {"preprocess": "tutorial", "transform": "a", "channels": "BGR"}
+    other |= {"engine": "classic", "batch_size": 4}
+    assert other.keys() | {"preprocessing"} == {field.name for field in fields(Plan)}
+    assert all(key(**{name: value}) != before for name, value in other.items())
     status = os.stat(folder / "koala.jpg")
     # another picture of the same size, and its times set back
     (folder / "koala.jpg").write_bytes(bytes(status.st_size))
     os.utime(folder / "koala.jpg", ns=(status.st_atime_ns, status.st_mtime_ns))
     assert key() != before
+
+
+def test_a_key_knows_what_a_row_is(monkeypatch):
+    """A column more, or another meaning, and older batches aren't read as if they had it."""
+    network = SimpleNamespace(request=Request("a"), weights="own")
+    converted = SimpleNamespace(made_from="1", load_info={}, activation=None)
+    arguments = network, converted, Data(".", [], []), Plan("own", IMAGENET, "", "RGB", "new", 5)
+    before = evaluation.get_key(*arguments)
+    for name, value in (
+        ("ROWS_VERSION", evaluation.ROWS_VERSION + 1),
+        ("Row", SimpleNamespace(_fields=("number", "new", *Row._fields[1:]))),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, name, value)
+            assert evaluation.get_key(*arguments) != before
+    assert evaluation.get_key(*arguments) == before
 
 
 @pytest.mark.slow
@@ -595,8 +773,7 @@ def test_two_processes_give_the_figures_of_one(folder, evaluate, whole):
     output = get_output(evaluate(launcher=TWO_PROCESSES))
     assert output.count("same class 40 of 40") == 1
     assert read_figures(folder) == whole
-    found = sorted(p.name for p in (folder / "logs").iterdir())
-    assert found == [f"{NAME}_new_{end}" for end in RESULTS]
+    assert list_logs(folder)[1:] == [f"{list_logs(folder)[0]}/{end}" for end in RESULTS]
 
 
 @pytest.mark.slow
@@ -615,7 +792,7 @@ def test_two_machines_give_the_figures_of_one(folder, begin, whole):
         _, stderr = agent.communicate(timeout=300)
         assert agent.returncode == 0, stderr
     assert read_figures(folder / "machine0") == whole
-    assert not list((folder / "machine1").glob("logs/*.json"))
+    assert list((folder / "machine1" / "logs").iterdir()) == []
 
 
 @pytest.mark.slow
@@ -628,15 +805,17 @@ def test_a_rank_that_dies_ends_the_run(folder, execute, begin, check_resumed):
     os.kill(int(ranks[-1]), signal.SIGKILL)
     agent.communicate(timeout=120)
     assert agent.returncode != 0
-    assert not (folder / "logs" / f"{NAME}_new_summary.json").exists()
+    assert not list(folder.glob("logs/*/summary.json"))
     check_resumed()
 
 
 @pytest.mark.slow
-def test_results_that_cannot_be_written_under_torchrun(folder, evaluate, check_resumed):
+def test_results_that_cannot_be_written_under_torchrun(folder, begin, evaluate, check_resumed):
     """The states of all processes are kept."""
-    log = folder / "logs" / f"{NAME}_new_log.txt"
-    log.mkdir(parents=True)
+    stop_after(begin(), folder, 2, signal.SIGKILL)
+    (running,) = find_running(folder)
+    log = running.with_name("log.txt")
+    log.mkdir()
     result = evaluate(launcher=TWO_PROCESSES)
     assert result.returncode != 0 and f"{log.name}: can't be written" in result.stderr
     assert count_batches(folder) == 10

@@ -12,6 +12,7 @@ import torch
 from conftest import (
     PICTURES,
     check_one_line,
+    find_result,
     get_output,
     near,
     read_answer,
@@ -204,8 +205,9 @@ def test_evaluation_of_pictures_that_are_not_square(run, folder, more, size, nam
     options = ["--img_root_dir", PICTURES, "--img_cls_file", labels, *size.split()]
     output = get_output(run("py_to_py_cls.py", "--model_name", "my_module:build", *options))
     assert re.search(r"same class (\d+) of \1\n", output)
-    summary = json.loads((folder / "logs" / f"{name}_summary.json").read_text())
-    assert "width=48, height=32," in summary["preprocessing"]
+    summary = json.loads(find_result(folder, "summary.json", name).read_text())
+    about = summary["preprocessing"]
+    assert (about["width"], about["height"]) == (48, 32)
 
 
 def test_your_files_win_over_ours(run, folder):

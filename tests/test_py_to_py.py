@@ -16,6 +16,7 @@ from conftest import (
     PICTURES,
     ROOT,
     check_one_line,
+    find_result,
     get_output,
     near,
     read_answer,
@@ -29,10 +30,12 @@ from torchvision.transforms import Resize
 
 import classification
 import conversion
+import entries
 import py_to_py_resnet50
 from classification import RequestError, read_zoo
 from common import NetworksDisagree, Preprocessing, read_tutorial
-from conversion import convert, find_converted, get_onnx_path
+from conversion import convert
+from entries import find_converted, get_onnx_path
 from networks import IMAGENET, Network, Request
 from py_to_py_cls import get_module_config, get_parser
 from test_config import TestClsConfig, TestClsModuleConfig
@@ -153,7 +156,7 @@ def test_test_mode_and_conversion(
         assert all(0 < error < 1e-4 for error in errors)
     fastest = min(rows, key=lambda engine: rows[engine][-1])
     path = folder / "models" / "squeezenet1_1.onnx"
-    taking = f"models/squeezenet1_1.onnx: converted and verified; taking the {fastest} engine"
+    taking = f"models/squeezenet1_1.onnx: converted and verified; using the {fastest} engine"
     assert taking in first.stdout
     assert not (folder / "logs").exists()
     picture = cv2.imread(str(folder / "results" / "red_panda_squeezenet1_1_classification.jpg"))
@@ -199,7 +202,8 @@ def test_two_weights_files_of_one_name(run, folder, converted_before, weights, g
     changed = save_changed(weights, folder / "trained.pth")
     options = ["--model_name", "squeezenet1_1", "--weights", "trained.pth", "--test", "True"]
     result = run("py_to_py_cls.py", *options)
-    assert "squeezenet1_1-trained.onnx: converted and verified, in the place of" in result.stdout
+    said = "squeezenet1_1-trained.onnx: converted and verified (replaces an older file); using the"
+    assert said in result.stdout
     assert read_answer(result) == near(get_logits(changed, RED_PANDA))
 
 
@@ -209,7 +213,7 @@ def test_two_weights_files_of_one_name(run, folder, converted_before, weights, g
         ("engines", ['["quantum"]', '["new", "quantum"]', "[]", "3", None]),
         ("outputs", [None, '"many"', "-1"]),
         ("load_info", [None, '{ sha1: "0" }']),
-        ("made_from", [None, '"a text"', '{ file: "0", entry: "0" }']),
+        ("made_from", [None, '"a text"', '{ file: "0" }', '{ file: "0", preprocessing: "x" }']),
     ],
 )
 def test_damaged_entry(converted_before, weights, monkeypatch, key, values):
@@ -228,8 +232,6 @@ def test_damaged_entry(converted_before, weights, monkeypatch, key, values):
         assert count == 1 and find_converted(request) is None, value
     zoo.write_text(text)
     assert find_converted(request) is not None
-    next(zoo.parent.glob("*.txt")).unlink()  # its class names
-    assert find_converted(request) is None
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_any_change_converts_again(converted_before, weights, monkeypatch, tmp_p
     elif what == "a script":
         for script in ROOT.glob("*.py"):
             shutil.copy(script, tmp_path)
-        monkeypatch.setattr(conversion, "SCRIPT_DIR", tmp_path)
+        monkeypatch.setattr(entries, "SCRIPT_DIR", tmp_path)
         assert find_converted(request) is not None
         (tmp_path / "onnx_rewrites.py").write_text("# changed")
     elif what == "weights":
@@ -255,54 +257,58 @@ def test_any_change_converts_again(converted_before, weights, monkeypatch, tmp_p
         data[len(data) // 2] ^= 0x40
         converted_before.write_bytes(data)
     else:
-        version = conversion.importlib.metadata.version
+        version = entries.importlib.metadata.version
         changed = lambda name: "0.1" if name == what else version(name)  # noqa: E731
-        monkeypatch.setattr(conversion.importlib.metadata, "version", changed)
+        monkeypatch.setattr(entries.importlib.metadata, "version", changed)
     assert find_converted(request) is None
 
 
-def test_what_an_entry_depends_on(run, folder, converted_before, weights):
-    """A test or a conversion writes it with its options; an evaluation leaves it alone."""
+def test_what_an_entry_depends_on(run, folder, converted_before, weights, monkeypatch):
+    """A test or a conversion writes what is asked for, without an export; an evaluation doesn't."""
+    monkeypatch.setattr(conversion, "export", None)
     options = ["--model_name", "squeezenet1_1", "--weights", weights]
     zoo = converted_before.with_name("models.yml")
     before = zoo.read_text()
     trial = ["--scale", "1", "--mean", "0", "0", "0", "--std", "1", "1", "1"]
     data = ["--img_root_dir", PICTURES, "--img_cls_file", PICTURES / "val.txt"]
-    result = run("py_to_py_cls.py", *options, *trial, *data)
-    assert "exporting" not in result.stdout and "top-1 accuracy" in result.stdout
+    assert "top-1 accuracy" in get_output(run("py_to_py_cls.py", *options, *trial, *data))
     assert zoo.read_text() == before
     too_small = ["--preprocess", "tutorial", "--rsz_width", "9", "--rsz_height", "9"]
     for refused in (["--preprocess", "transform", "--frame_size", "200"], too_small):
         assert run("py_to_py_cls.py", *options, *data, *refused).returncode == 2
         assert zoo.read_text() == before
 
-    result = run("py_to_py_cls.py", *options, *trial, "--test", "True")
-    assert "exporting" in result.stdout
+    names = folder / "mine.txt"
+    names.write_text("".join(f"name {i}\n" for i in range(1000)))
+    result = run("py_to_py_cls.py", *options, *trial, "--test", "True", "--classes", names)
     assert "preprocessing: scale 1.0, mean [0.0, 0.0, 0.0], std [1.0, 1.0, 1.0]" in result.stdout
-    again = run("py_to_py_cls.py", *options, *trial, "--test", "True")
-    assert "exporting" not in again.stdout
-    assert read_answer(again) == read_answer(result)
-    assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == 1
+    assert "label: name " in result.stdout
+    trial_entry = zoo.read_text()
+    assert trial_entry != before
+    again = run("py_to_py_cls.py", *options, *trial, "--test", "True", "--classes", names)
+    assert read_answer(again) == read_answer(result) and zoo.read_text() == trial_entry
+    # an evaluation leaves both, and the comments and whatever else you have written there
+    zoo.write_text(
+        before := trial_entry.replace("  rgb: true\n", "  rgb: true\n\n# ?\n  my: [1]\n")
+    )
+    get_output(run("py_to_py_cls.py", *options, *data))
+    assert zoo.read_text() == before and "my: [1]" in before
+    # a conversion alone gets what is asked for
+    get_output(run("py_to_py_cls.py", *options, "--evaluate", "False"))
+    entry = read_zoo(zoo)["squeezenet1_1-trained"]
+    assert entry["scale"] == pytest.approx(1 / 255) and "my" not in entry
+    assert entry["labels"].endswith("imagenet_classes.txt")
+    (zoo.parent / entry["labels"]).unlink()  # as if its number didn't fit: an evaluation mends it
+    get_output(run("py_to_py_cls.py", *options, *data))
+    assert (zoo.parent / entry["labels"]).is_file()
 
-    # so is one that is only converted: it gets what is asked for, also if there is a file
-    result = run("py_to_py_cls.py", *options, "--evaluate", "False")
-    assert "exporting" in result.stdout
-    assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == pytest.approx(1 / 255)
-    get_output(run("py_to_py_cls.py", *options, *trial, "--evaluate", "False"))
-    assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == 1
 
-    # another size is another file
-    get_output(run("py_to_py_cls.py", *options, "--test", "True", "--frame_size", "96"))
+def test_another_size_is_another_file(run, folder, converted_before, weights):
+    options = ["--model_name", "squeezenet1_1", "--weights", weights, "--evaluate", "False"]
+    zoo = converted_before.with_name("models.yml")
+    get_output(run("py_to_py_cls.py", *options, "--frame_size", "96"))
     assert read_zoo(zoo)["squeezenet1_1-96-trained"]["width"] == 96
-    assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == 1
-
-    # an evaluation that has to convert writes what the network wants, whatever it tries itself
-    shutil.rmtree(folder / "models")
-    result = run("py_to_py_cls.py", *options, *trial, *data)
-    assert "exporting" in result.stdout and "top-1 accuracy" in result.stdout
-    assert read_zoo(zoo)["squeezenet1_1-trained"]["scale"] == pytest.approx(1 / 255)
-    result = run("py_to_py_cls.py", *options, *trial, "--test", "True")
-    assert "preprocessing: scale 1.0, mean [0.0, 0.0, 0.0], std [1.0, 1.0, 1.0]" in result.stdout
+    assert read_zoo(zoo)["squeezenet1_1-trained"]["width"] == 224
 
 
 def test_preprocessing_of_test_mode(run, converted_before, weights, squeezenet):
@@ -333,9 +339,9 @@ def test_evaluation_with_nothing_but_the_install(run, folder):
     options = ["--test", "1", "--evaluate", "1"]
     result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options)
     assert "evaluating on the bundled pictures" in get_output(result)
-    assert "RANDOM weights, 12 pictures" in result.stdout
+    assert "RANDOM weights\n12 pictures " in result.stdout
     assert "RANDOM WEIGHTS" in result.stderr
-    assert "RANDOM weights" in (folder / "logs" / "squeezenet1_1-random_log.txt").read_text()
+    assert "RANDOM weights" in find_result(folder, "log.txt", "squeezenet1_1-random").read_text()
     assert (folder / "results" / "red_panda_squeezenet1_1-random_classification.jpg").is_file()
 
 

@@ -15,8 +15,9 @@ from onnx.reference import ReferenceEvaluator
 
 import conversion
 from classification import RequestError, read_zoo
-from common import NetworksDisagree, Preprocessing, write_entry
+from common import NetworksDisagree, Preprocessing
 from conversion import convert, export, rewrite
+from entries import write_entry
 from locate import find_first_wrong, locate
 from networks import Network, Request, load_network
 from onnx_rewrites import make_readable
@@ -168,6 +169,7 @@ def test_the_failure_that_names_a_node_is_quoted(monkeypatch, capsys):
     assert "crashes (signal 8); first wrong node: unknown\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_search_ends_in_time(tmp_path, monkeypatch):
     """onnx takes minutes to sample a grid; OpenCV's process, a stand-in, doesn't end."""
     monkeypatch.setattr("locate.MAX_SECONDS", 1)
@@ -394,6 +396,18 @@ def test_only_the_classic_engine_is_right(monkeypatch, capsys):
     network = make_network(Mean())
     converted = convert(network, [Reference("noise", BLOB[:1], BLOB[:1].mean(axis=(2, 3)))])
     assert "cv2.dnn.ENGINE_CLASSIC" in capsys.readouterr().out.splitlines()[-1]
-    write_entry(converted, network.preprocessing, None, "")
+    write_entry(converted, network.preprocessing, None)
     entry = read_zoo("models/models.yml")["test-random"]
     assert entry["engine"] == "classic" and entry["engines"] == ["classic"]
+
+
+@pytest.mark.parametrize("kind", ["If", "Loop", "Scan"])
+def test_graphs_that_branch_are_refused(tmp_path, kind):
+    """They can be verified on one side only."""
+    node = onnx.helper.make_node(kind, ["input"], ["output"], name="branch")
+    shape = ["batch", 3]
+    values = [onnx.helper.make_tensor_value_info(n, 1, shape) for n in ("input", "output")]
+    graph = onnx.helper.make_graph([node], "graph", values[:1], values[1:])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "branch.onnx")
+    with pytest.raises(RequestError, match=f"branches \\({kind}: .*torch.where"):
+        rewrite(tmp_path / "branch.onnx")

@@ -19,7 +19,7 @@ from torchvision import models
 
 import networks
 from classification import RequestError
-from conversion import get_onnx_path
+from entries import get_onnx_path
 from networks import Request, load_network
 
 

@@ -9,8 +9,7 @@ import pytest
 from conftest import PICTURES, ROOT, check_one_line, get_output, read_answer
 
 from classification import read_zoo
-from common import write_entry
-from conversion import Converted
+from entries import Converted, read_preprocessing, write_entry
 from networks import IMAGENET
 from verify import EACH_ENGINE
 
@@ -33,7 +32,8 @@ def test_entry_of_a_converted_network(run, start, folder, weights):
     classes = folder / "models" / entry["classes"]
     assert classes.read_bytes() == (PICTURES / "imagenet_classes.txt").read_bytes()
     engines, made_from = entry.pop("engines"), entry.pop("made_from")
-    assert sorted(engines) == sorted(EACH_ENGINE) and made_from.keys() == {"file", "entry"}
+    assert sorted(engines) == sorted(EACH_ENGINE)
+    assert made_from["file"] and len(made_from) == 6
     sha1 = hashlib.sha1((folder / "models" / f"{name}.onnx").read_bytes()).hexdigest()
     assert entry == {
         "load_info": {"sha1": sha1},
@@ -194,20 +194,23 @@ def test_other_peoples_entries_stay_as_they_are(tmp_path):
     after = 'é.net:\n  load_info:\n    url: "true"\n  list: [ {x: 1}, {y: 2} ]\n'
     path = tmp_path / "models.yml"
     path.write_text(before + after, "utf-8")
-    converted = Converted(tmp_path / "net.onnx", ["new"], 1000, {"sha1": "0"}, "1")
-    write_entry(converted, IMAGENET, None, {})
+    about = {"sha1": "0"}, ["new"], 1000, None, "1", IMAGENET, "", True, False, []
+    converted = Converted(tmp_path / "net.onnx", *about)
+    write_entry(converted, IMAGENET, None)
     text = path.read_text("utf-8")
     others = before.replace('net:\n  model: "a.onnx"\n', "") + after
     assert text.startswith(others) and text.count("net:\n") == 2
-    made_from = {"file": "1", "entry": hashlib.sha256(b"{}").hexdigest()}
-    assert read_zoo(path)["net"]["made_from"] == made_from
-    write_entry(converted, IMAGENET, None, {})
+    made_from = read_zoo(path)["net"]["made_from"]
+    assert made_from["file"] == "1"
+    assert (made_from["declared"], made_from["known_classes"]) == (1, 0)
+    assert read_preprocessing(made_from["preprocessing"]) == IMAGENET
+    write_entry(converted, IMAGENET, None)
     assert path.read_text("utf-8") == text
 
     # YAML's end mark, and a key with a space before its colon
     path.write_text(text.replace("\nnet:", "\nnet :") + "...\n", "utf-8")
     converted.engines = ["classic", "new"]
-    write_entry(converted, IMAGENET, None, {})
+    write_entry(converted, IMAGENET, None)
     expected = text.replace('engine: "new"', 'engine: "classic"')
     assert path.read_text("utf-8") == expected.replace('["new"]', '["classic", "new"]')
 

@@ -1,0 +1,232 @@
+"""The entries of models.yml: what a converted file was made from, and how it is used.
+
+The file is made once per network; its entry says what it was made from, so that it is found again
+in milliseconds and without PyTorch. The rest of the entry is what test mode or a conversion last
+asked for, in the form of OpenCV's samples.
+"""
+
+import importlib.metadata
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from classification import (
+    ENGINES,
+    PILLOWS,
+    RANDOM,
+    RANDOM_SUFFIX,
+    ZOO_NAME,
+    ZOO_SAMPLE,
+    get_load_info,
+    read_lines,
+    read_zoo,
+)
+from common import SCRIPT_DIR, Preprocessing, get_digest, get_hash, whole_file
+from processes import LOCAL_RANK
+from test_config import MODELS_DIR
+
+SCRIPTS = ("branches", "checkpoints", "class_names", "conversion", "entries", "forward")
+SCRIPTS += ("networks", "onnx_*", "preprocessing", "transforms", "verify")
+
+
+@dataclass
+class Converted:
+    """A network's file for OpenCV, as its entry describes it."""
+
+    path: Path
+    load_info: dict  # its hashes
+    engines: list  # OpenCV's engines that give PyTorch's answer with it, the fastest first
+    outputs: int  # how many it has
+    activation: str | None  # "softmax" or "sigmoid", if the outputs are probabilities
+    made_from: str  # SHA-256 of all that it was made from
+    preprocessing: Preprocessing  # the network's own
+    transform: str  # your --transform that it was measured on, "" for the library's
+    declared: bool  # whether somebody says how it wants its pictures
+    known_classes: bool  # whether it's known which ones they are, or doesn't matter
+    class_names: list  # that it carries
+
+    def get_class_names(self):
+        """Those that it carries if there is one for each output, or []."""
+        return self.class_names if len(self.class_names) == self.outputs else []
+
+
+def get_onnx_path(request):
+    """Where a converted network is kept: all that you ask for is part of its name."""
+    sizes = request.width, request.height
+    sides = dict.fromkeys(str(size or "own") for size in sizes) if any(sizes) else []
+    stem = "-".join([get_alias(request.name), *sides])
+    if request.is_random:
+        stem += RANDOM_SUFFIX
+    elif request.weights:
+        stem += f"-{get_alias(Path(request.weights).stem)}"
+        stem += f"-{get_alias(request.weights_key)}" if request.weights_key else ""
+        stem += "-weights" if stem.endswith(RANDOM_SUFFIX) else ""  # a file called random.pth
+    return Path(MODELS_DIR) / f"{stem}.onnx"
+
+
+def get_alias(name):
+    """The name as file names and cv2.FileStorage take it: my_module:build -> my_module-build"""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    return name if name[:1].isalpha() or name.startswith("_") else f"_{name}"
+
+
+def get_made_from(request):
+    """SHA-256 of all that a converted file depends on: request, versions, and our own code."""
+    about = asdict(request) | {"opencv": cv2.__version__}
+    del about["transform"]  # which is about pictures
+    about["weights"] = get_digest(request.weights) if request.is_file else request.weights.lower()
+    about |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnx")}
+    for script in (path for name in SCRIPTS for path in SCRIPT_DIR.glob(f"{name}.py")):
+        about[script.name] = get_digest(script)
+    return get_hash(about)
+
+
+def describe_file(network, file, engines, references):
+    """The Converted of a network's new file, which hasn't got its name yet.
+
+    Its outputs are probabilities if all references' are. Of the same file as before, the engines
+    keep their order: which one is faster can differ from time to time, and an evaluation that was
+    stopped continues with the same engine only.
+    """
+    path, load_info = get_onnx_path(network.request), get_load_info(file)
+    entry = read_entry(path)
+    if entry.get("load_info") == load_info and isinstance(entry.get("engines"), list):
+        older = [engine for engine in entry["engines"] if engine in engines]
+        engines = list(dict.fromkeys([*older, *engines]))
+    outputs, activation = np.concatenate([reference.logits for reference in references]), None
+    if outputs.min() >= 0 and outputs.max() <= 1:
+        adds_up = np.allclose(outputs.sum(axis=1), 1, atol=1e-3)
+        activation = "softmax" if adds_up else "sigmoid"
+    made_from = get_made_from(network.request)
+    file = path, load_info, engines, outputs.shape[1], activation, made_from
+    return Converted(*file, **describe_network(network))
+
+
+def describe_network(network):
+    """What a Converted says about the network itself."""
+    return {
+        "preprocessing": network.preprocessing,
+        "transform": network.request.transform,
+        "declared": network.declared,
+        "known_classes": bool(network.published) or network.request.is_random,
+        "class_names": network.class_names,
+    }
+
+
+def find_converted(request, network=None):
+    """The Converted of a request's file, if its entry says so; else None.
+
+    What it says about the network is the Network's, if you have it, and the entry's if not.
+    """
+    if request.is_own and LOCAL_RANK == 0:
+        return None  # what your code computes is unknown, unless torchrun's first process ran it
+    path = get_onnx_path(request)
+    entry = read_entry(path)
+    try:
+        made_from = dict(entry["made_from"])
+        file = [entry[key] for key in ("load_info", "engines", "outputs")]
+        file += [entry.get("activation"), made_from.pop("file")]
+        about = made_from | {"preprocessing": read_preprocessing(made_from["preprocessing"])}
+        about |= {name: is_true(about[name]) for name in ("declared", "known_classes")}
+        found = Converted(path, *file, **about | (describe_network(network) if network else {}))
+        damaged = not found.engines or not {*found.engines} <= ENGINES.keys()
+        damaged = damaged or not found.outputs > 0
+    except (KeyError, TypeError, ValueError, AttributeError):  # there is none, or it lacks a key
+        return None
+    if damaged or found.made_from != get_made_from(request):
+        return None
+    if found.load_info != get_load_info(path):  # last: it reads the whole file
+        return None
+    print(f"{path}: reused: converted and verified before, from the same weights and versions")
+    return found
+
+
+def read_preprocessing(values):
+    """The Preprocessing in an entry; cv2 reads tuples as lists."""
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    switches = [field.name for field in fields(Preprocessing) if field.type is bool]
+    return Preprocessing(**values | {name: is_true(values[name]) for name in switches})
+
+
+def is_true(value):
+    """Whether an entry says true: cv2 reads it as 1, in OpenCV 4 as "true"."""
+    return value in (1, "true")
+
+
+def read_entry(path):
+    """The entry of a converted file, or {}."""
+    zoo = path.with_name(ZOO_NAME)
+    return read_zoo(zoo).get(path.stem, {}) if zoo.exists() else {}
+
+
+def write_entry(converted, preprocessing, classes, anew=True):
+    """Write the entry of a converted file into the models.yml beside it.
+
+    classes: the file of the class names, or None; it is copied beside the model, so that you can
+    move the folder. With anew=False an entry that is there says what the file is now; how it is
+    used stays, unless the network takes pictures of another size, or the number of classes changed.
+    """
+    path, own = converted.path, converted.preprocessing
+    entry, name = read_entry(path), path.stem
+    about = [entry.get(key) for key in ("model", "width", "height")]
+    anew = anew or about != [path.name, own.width, own.height]
+    values = {"model": path.name, "sample": ZOO_SAMPLE} | asdict(preprocessing) if anew else {}
+    if anew and not preprocessing.resize:
+        values |= dict.fromkeys(PILLOWS)
+    if anew and name.endswith(RANDOM_SUFFIX):
+        values["weights"] = RANDOM
+    if anew or not has_labels(path, entry, converted.outputs):
+        copy = f"{name}_{Path(classes).name}" if classes else None
+        values |= {"classes": copy, "labels": copy}  # OpenCV 5's own samples read labels
+        if classes:
+            with whole_file(path.with_name(copy)) as part:
+                part.write_bytes(Path(classes).read_bytes())
+    made_from = {"file": converted.made_from, "transform": converted.transform}
+    names = ("declared", "known_classes", "class_names")
+    made_from |= {name: getattr(converted, name) for name in names}
+    made_from["preprocessing"] = {key: v for key, v in asdict(own).items() if v is not None}
+    values |= {"load_info": converted.load_info, "outputs": converted.outputs}
+    values |= {"engine": converted.engines[0], "engines": converted.engines}
+    values |= {"activation": converted.activation, "made_from": made_from}
+    change_entry(path.with_name(ZOO_NAME), name, values, anew)
+    print(f"{path.with_name(ZOO_NAME)}: python classification.py {name}")
+
+
+def has_labels(path, entry, outputs):
+    """Whether the class names of a file's entry, if it has any, are those of so many outputs."""
+    file = path.parent / str(entry.get("labels", ""))
+    return "labels" not in entry or (file.is_file() and len(read_lines(file)) == outputs)
+
+
+def change_entry(zoo, name, values, anew):
+    """Replace an entry of a models.yml by these values; or, with anew=False, change these alone.
+
+    None is a key that the entry doesn't have. All else stays as it is, letter for letter.
+    """
+    text = zoo.read_text("utf-8") if zoo.exists() else "%YAML:1.0\n---\n"
+    text = re.sub(r"^\.\.\.\s*\Z", "", text, flags=re.M)  # nothing may follow YAML's end mark
+    # it ends with its last indented line: what follows a blank line or a comment may be its own
+    entry = rf"^({re.escape(name)} *:.*\n?)((?:(?:[ \t]*\n|#.*\n)*[ \t]+\S.*\n?)*)"
+    before, title, lines, after = text, f"{name}:\n", "", ""
+    if found := re.search(entry, text, flags=re.M):
+        before, after = text[: found.start()], text[found.end() :]
+    if found and found[2] and not anew:
+        title, lines = found[1], f"{found[2].rstrip()}\n"
+    else:
+        before, after = f"{(before + after).rstrip()}\n", ""
+    indent = re.match(r"(?:[ \t]*\n|#.*\n)*([ \t]*)", lines)[1] or "  "
+    for key, value in values.items():
+        # JSON is YAML, but cv2 doesn't take keys in quotes
+        value = re.sub(r'"(\w+)":', r"\1:", json.dumps(value, ensure_ascii=False))
+        line = f"{indent}{key}: {value}\n" if value not in ("null", "[]") else ""
+        # what is indented more belongs to it
+        old = re.search(rf"^{indent}{key} *:.*\n(?:{indent}[ \t].*\n)*", lines, flags=re.M)
+        start, end = old.span() if old else (len(lines), len(lines))
+        lines = lines[:start] + line + lines[end:]
+    with whole_file(zoo) as part:
+        part.write_text(f"{before}{title}{lines}{after}", "utf-8")
+        read_zoo(part)
