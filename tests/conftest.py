@@ -118,12 +118,13 @@ def run(folder, env, monkeypatch, capfd):
     def run(script, *args):
         module = importlib.import_module(script.removesuffix(".py"))
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
-        modules, path = set(sys.modules), list(sys.path)
+        modules, path = dict(sys.modules), list(sys.path)
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
             classification.run(module.main)
         out, err = capfd.readouterr()
-        for name in set(sys.modules) - modules:  # the user's own, which a test changes
+        sys.modules.update(modules)  # classification too, whose __file__ is changed above
+        for name in set(sys.modules) - set(modules):  # the user's own, which a test changes
             if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
                 del sys.modules[name]
         sys.path[:] = path

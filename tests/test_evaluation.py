@@ -182,7 +182,7 @@ def grey(run, folder, monkeypatch):
     """
 
     # both engines are right, and nothing branches: other tests are about that
-    monkeypatch.setattr(conversion, "check", lambda *_: ["new", "classic"])
+    monkeypatch.setattr(conversion, "verify", lambda *_: (["new", "classic"], {}))
     monkeypatch.setattr(conversion, "check_branches", lambda *_: None)
     plain = ["--scale", 1, "--mean", 0, 0, 0, "--std", 1, 1, 1]
 
