@@ -86,9 +86,8 @@ def get_axes(graph, node, shapes):
     """The axes of a reduction, sorted and from 0 on; None if they aren't known."""
     axes, rank = get_attribute(node, "axes"), len(shapes.get(node.input[0], ()))
     if len(node.input) > 1:  # from opset 18 on, and ReduceSum's from 13 on
-        axes = next(
-            (to_array(t).tolist() for t in graph.initializer if t.name == node.input[1]), None
-        )
+        found = [to_array(t).tolist() for t in graph.initializer if t.name == node.input[1]]
+        axes = found[0] if found else None
     elif axes is None:
         axes = [] if get_attribute(node, "noop_with_empty_axes") else range(rank)
     return None if axes is None or not rank else sorted(int(axis) % rank for axis in axes)
