@@ -10,7 +10,7 @@ from onnx.helper import make_empty_tensor_value_info, make_tensor_type_proto
 from onnx.numpy_helper import from_array, to_array
 from onnx.reference import ReferenceEvaluator
 
-from onnx_graph import add_constant, get_attribute, remove_unused
+from onnx_graph import add_constant, get_attribute, get_inputs, remove_unused
 
 MAX_GROWTH = 2**20  # elements by which a constant may be larger than what it is computed from
 
@@ -43,7 +43,7 @@ def fold_constants(proto):
             sizes = np.where(two[shape] == three[shape], two[shape], -1)
             if list(sizes).count(-1) == 1:  # the batch, or a multiple of it
                 node.input[1] = add_constant(graph, f"{node.output[0]}_shape", sizes)
-    used = {name for node in kept for name in node.input} | {o.name for o in graph.output}
+    used = {o.name for o in graph.output}.union(*map(get_inputs, kept))
     graph.initializer.extend(from_array(two[name], name) for name in sorted(folded & used))
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
     del graph.node[:]

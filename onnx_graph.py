@@ -13,8 +13,8 @@ def find_nodes(graph, *op_types):
 def replace_node(graph, index, text, **tensors):
     """Put nodes, written in onnx's text format, in the place of one.
 
-    tensors: what names in the text stand for, a tensor's name or a constant. x is the node's first
-    input, y its first output, and all other names are new.
+    tensors: {name in the text: a tensor's name or a constant}. x is the node's first input, y its
+    first output; other names are new.
     """
     node = graph.node[index]
     tensors = {"x": node.input[0], "y": node.output[0]} | tensors
@@ -47,12 +47,19 @@ def add_constant(graph, name, value):
     return name
 
 
+def get_inputs(node):
+    """The names of the tensors that a node takes, those in its branches with them."""
+    graphs = [attribute.g for attribute in node.attribute]
+    names = {*node.input, *(output.name for graph in graphs for output in graph.output)}
+    return names.union(*(get_inputs(inner) for graph in graphs for inner in graph.node))
+
+
 def remove_unused(graph):
     """Remove the nodes and constants that no output depends on."""
     used = {output.name for output in graph.output}
     for index in reversed(range(len(graph.node))):
         if used.intersection(graph.node[index].output):
-            used.update(graph.node[index].input)
+            used |= get_inputs(graph.node[index])
         else:
             del graph.node[index]
     for index in reversed(range(len(graph.initializer))):
@@ -79,12 +86,11 @@ def get_axes(graph, node, shapes):
     """The axes of a reduction, sorted and from 0 on; None if they aren't known."""
     axes, rank = get_attribute(node, "axes"), len(shapes.get(node.input[0], ()))
     if len(node.input) > 1:  # from opset 18 on, and ReduceSum's from 13 on
-        axes = next(
-            (to_array(t).tolist() for t in graph.initializer if t.name == node.input[1]), None
-        )
+        found = [to_array(t).tolist() for t in graph.initializer if t.name == node.input[1]]
+        axes = found[0] if found else None
     elif axes is None:
         axes = [] if get_attribute(node, "noop_with_empty_axes") else range(rank)
-    return None if axes is None or not rank else sorted(axis % rank for axis in axes)
+    return None if axes is None or not rank else sorted(int(axis) % rank for axis in axes)
 
 
 def write_reduction(proto, name, op_type, source, axes, keepdims):

@@ -146,7 +146,7 @@ def measure(name, threads=1):
         said = io.StringIO()
         try:
             with (
-                mock.patch("conversion.MODELS_DIR", folder),
+                mock.patch("entries.MODELS_DIR", folder),
                 mock.patch("conversion.rewrite", rewrite),
                 mock.patch("verify.verify_engine", verify_engine),
                 contextlib.redirect_stdout(said),
