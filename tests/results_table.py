@@ -160,9 +160,12 @@ def measure(name, threads=1):
         record["engine"] = engine = converted.engines[0]
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads)
-        start = time.process_time()
-        after = read_net(converted.path, engine)
-        record["load_s"] = time.process_time() - start
+        loads = []
+        for _ in range(3):  # the first may wait for memory
+            start = time.process_time()
+            after = read_net(converted.path, engine)
+            loads.append(time.process_time() - start)
+        record["load_s"] = min(loads)
         passes = {
             "pytorch": functools.partial(run_pytorch, model, blob),
             "before": functools.partial(verify.run_opencv, read_net(plain, engine), blob),
