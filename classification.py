@@ -252,11 +252,11 @@ def get_args():
     unwanted = PILLOWS if given & {*BLOBS} else ()
     options = [""]  # NAME's place, which the fourth number of a mean would take
     for key, value in sorted(values.items()):  # labels win over classes
-        if key in unwanted or value is None:
+        if key in unwanted or value in (None, []):
             continue
         if key in ("mean", "std", "resize") and isinstance(value, list):
             # argparse would take -1e-05 for an option, but nothing that begins with a space
-            options += [f"--{key}", *(f" {v}" for v in value)] if value else []
+            options += [f"--{key}", *(f" {v}" for v in value)]
         elif key in TORCHVISION:
             options.append(f"--{key}={value}")
         elif key in ("model", "config", "classes", "labels") and value:
@@ -265,13 +265,12 @@ def get_args():
     args = parser.parse_args(options)
     before = args.width, args.height
     args = parser.parse_args(namespace=args)  # the command line wins
-    if args.resize and "resize" not in given:
-        args.resize = scale_resize(args.resize, before, (args.width, args.height))
+    if "resize" not in given:
+        args.resize = scale_resize(args.resize or [], before, (args.width, args.height))
     args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
     check_preprocessing(args, given)
     args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
     args.model = models[0] if models else args.model or f"the model of {name}"
-    args.engine = args.engine or choose_engine(entry)
     args.labels = read_lines(find_file(args.classes, entry)) if args.classes else []
     return args
 
@@ -285,9 +284,8 @@ def describe(p):
 
 def scale_resize(resize, before, after):
     """--resize for a blob of another size; before, after: (width, height), px."""
-    if len(resize) == 2:
-        return [side * new // old for side, old, new in zip(resize, before, after, strict=True)]
-    return [max(resize[0] * new // old for old, new in zip(before, after, strict=True))]
+    sides = [s * new // old for s, old, new in zip([*resize] * 2, before, after, strict=False)]
+    return [max(sides)] if len(resize) == 1 else sides
 
 
 def check_preprocessing(p, given=()):
@@ -305,19 +303,6 @@ def check_preprocessing(p, given=()):
         if "mean" in given:
             raise RequestError(problem)
         print(f"NOTE: {problem}", file=sys.stderr)
-
-
-def choose_engine(entry):
-    """The entry's engine, else the next that it was verified on; "auto" is OpenCV's default."""
-    engine, verified = str(entry.get("engine", "auto")), str(entry.get("engines", "auto"))
-    if engine in (*ENGINES, "auto") or not ENGINES:
-        return engine
-    missing = f"this OpenCV has no {engine} engine for {entry.get('model')}"
-    for name in (*ENGINES, "auto"):
-        if name in verified:
-            print(f"NOTE: {missing}: taking {name}", file=sys.stderr)
-            return name
-    raise RequestError(f"{missing}: convert it again with this OpenCV")
 
 
 def find_entry(alias, zoo, model=None):
@@ -474,21 +459,34 @@ def read_net(args):
     # only our own: OpenCV's entry of googlenet, for instance, has the hash of an empty file
     if "made_from" in args.entry and get_load_info(args.model) != args.entry.get("load_info"):
         raise RequestError(f"{args.model}: missing, or changed (by its SHA-1); convert it again")
-    engine = args.engine
-    if ENGINES and (args.backend, args.target) != ("default", "cpu"):
-        engine = "classic"
-        if engine not in ENGINES:
-            problem = "needs the classic engine, which this OpenCV lacks: take --engine new alone"
-            raise RequestError(f"--backend {args.backend} --target {args.target} {problem}")
-    engine = [ENGINES[engine]] if engine in ENGINES else []
     try:
-        net = cv2.dnn.readNet(check_name(args.model), args.config or "", "", *engine)
+        net = cv2.dnn.readNet(check_name(args.model), args.config or "", "", *choose_engine(args))
     except cv2.error as error:
         problem = f"no such file, truncated, or not ONNX: {one_line(error)}"
         raise RequestError(f"{args.model}: {problem}") from None
     net.setPreferableBackend(backend)
     net.setPreferableTarget(target)
     return net
+
+
+def choose_engine(args):
+    """[the engine for readNet], or [] for OpenCV's default.
+
+    An entry's engine that this OpenCV lacks is replaced by the next that it was verified on.
+    """
+    user, hint = Path(args.model).name, "convert it again with this OpenCV"
+    verified = np.ravel(args.entry.get("engines", "auto"))
+    wanted = [args.engine or args.entry.get("engine", "auto"), *verified]
+    if (args.backend, args.target) != ("default", "cpu"):
+        user, hint = f"--backend {args.backend} --target {args.target}", "take --engine new alone"
+        wanted = ["classic"]
+    known = [engine for engine in wanted if engine in (*ENGINES, "auto") or not ENGINES]
+    missing = f"this OpenCV has no {wanted[0]} engine for {user}"
+    if not known:
+        raise RequestError(f"{missing}: {hint}")
+    if known[0] != wanted[0]:
+        print(f"NOTE: {missing}: taking {known[0]}", file=sys.stderr)
+    return [ENGINES[known[0]]] if known[0] in ENGINES else []
 
 
 def get_load_info(model):
