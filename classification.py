@@ -292,14 +292,18 @@ def check_preprocessing(p, given=()):
     """RequestError for options that would be wrong without a word; given: on the command line."""
     if p.resize and len(p.resize) > 2:
         raise RequestError("--resize takes the shorter side, or a width and a height")
+    resize = p.resize or [1]
+    width = max(p.width, p.initial_width or 1, resize[0])
+    height = max(p.height, p.initial_height or 1, resize[-1])
+    if width * height > 2**26:  # Linux would kill the program once the memory is full
+        raise RequestError(f"--width, --height, --resize: {width}x{height} pixels: 2**26 at most")
     if p.center == "first" and [*(p.resize or ())] != [p.width, p.height]:
         raise RequestError(f"--center first needs --resize {p.width} {p.height}, the blob's size")
     if not p.resize and {*given} & {*PILLOWS}:
         raise RequestError("--interpolation and --center are options of --resize: give it, too")
     if 0 < max(map(abs, p.mean)) <= 1 and abs(p.scale) < 0.1:
         times_255 = " ".join(f"{255 * value:g}" for value in p.mean)
-        problem = "the mean is of pixels from 0 to 1, but it is subtracted from 0 to 255, before"
-        problem += f" the scale: give --mean {times_255}"
+        problem = f"a mean of 0..1 is subtracted from pixels of 0..255: give --mean {times_255}"
         if "mean" in given:
             raise RequestError(problem)
         print(f"NOTE: {problem}", file=sys.stderr)
@@ -382,33 +386,31 @@ def read_lines(path):
 
 
 def expand_sources(names):
-    """Yield (name, "picture", "video" or "camera", or "" for a file that can't be opened).
-
-    A folder stands for its pictures. Whatever doesn't begin like a picture is a video, because
-    cv2.VideoCapture opens streams and numbered pictures, img_%03d.png, as well.
-    """
+    """Yield (name, kind) of each input; of a folder, its pictures'."""
     for name in names:
-        if os.path.isdir(name):
-            files = [file for file in os.listdir(name) if file.lower().endswith(PICTURES)]
-            files = [file for file in sorted(files) if not file.startswith(".")]
-            if not files:
-                raise RequestError(f"{name}: no picture in this folder")
-            yield from ((os.path.join(name, file), "picture") for file in files)
-        elif os.access(name, os.R_OK):
-            yield name, "picture" if is_picture(name) else "video"
-        elif name.isdecimal():
-            yield name, "camera"
-        else:  # "!": of a GStreamer pipeline
-            yield name, "video" if re.search("://|[%!]", name) else ""
+        if not os.path.isdir(name):
+            yield name, get_kind(name)
+            continue
+        files = [file for file in os.listdir(name) if file.lower().endswith(PICTURES)]
+        files = [os.path.join(name, file) for file in sorted(files) if file[0] != "."]
+        if not files:
+            raise RequestError(f"{name}: no picture in this folder")
+        yield from ((file, "picture") for file in files)
 
 
-def is_picture(name):
-    """Whether a file begins like a picture. A pipe, which can be read only once, has to be one."""
-    try:
-        is_file = os.path.isfile(name)  # not a device, as /dev/video0 is
-        return Path(name).is_fifo() or (is_file and cv2.haveImageReader(check_name(name)))
-    except (InputError, cv2.error):  # of OpenEXR, which OpenCV 4's wheels know but can't read
-        return False
+def get_kind(name):
+    """Get "picture", "video", "camera", or "" for a file that can't be opened.
+
+    A picture begins like one; a pipe, which can be read only once, has to be one. All else is a
+    video, since cv2.VideoCapture opens devices, streams and img_%03d.png as well.
+    """
+    if not os.access(name, os.R_OK):  # "!": of a GStreamer pipeline
+        return "camera" if name.isdecimal() else "video" if re.search("://|[%!]", name) else ""
+    with contextlib.suppress(InputError, cv2.error):  # OpenCV 4's wheels know OpenEXR, but raise
+        is_file = os.path.isfile(name)
+        if Path(name).is_fifo() or (is_file and cv2.haveImageReader(check_name(name))):
+            return "picture"
+    return "video"
 
 
 def read_frames(name, kind):
@@ -668,8 +670,7 @@ def get_output_paths(sources, args, window):
             path /= get_result_name(name, f"_{Path(args.model).stem}{suffix}")
         if kind and path.suffix.lower() not in suffixes:
             problem = f"a {kind} needs {' or '.join(suffixes)}, a folder a slash at its end"
-            problem = problem if kind == "picture" else f"{name} isn't a picture, and {problem}"
-            raise RequestError(f"--output {path}: {problem}")
+            raise RequestError(f"{name}: --output {path}: {problem}")
         while os.path.realpath(path).lower() in taken:
             path = path.with_stem(f"{path.stem}_{number}")
         taken.add(os.path.realpath(path).lower())
@@ -693,8 +694,7 @@ def save(frames, path):
     part, writer, number = path.with_name(f".{os.getpid()}{path.suffix}"), None, 0
     try:
         for picture, rate in frames:
-            if not writer:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             if rate:
                 fourcc = cv2.VideoWriter_fourcc(*SAVED_VIDEOS[path.suffix.lower()])
                 writer = writer or cv2.VideoWriter(str(part), fourcc, rate, picture.shape[1::-1])
@@ -733,10 +733,9 @@ def has_display():
     # a child process tries: without a display Qt aborts instead of raising (OpenCV 5.0.0, exit
     # 134; https://github.com/opencv/opencv/issues/13682)
     probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         return subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+    return False
 
 
 def show(picture, seconds):
