@@ -11,10 +11,9 @@ model file. Without an entry, pictures are prepared as torchvision's ImageNet
 networks expect them: --resize 256, the centre 224x224. If you give --scale,
 --mean or --std, everything you leave out has the defaults of OpenCV's samples.
 
---resize makes the pixels of PyTorch's pipelines: bilinear, bicubic, lanczos and
-nearest are those of Pillow 13. OpenCV decodes what Pillow does, except 16-bit
-grey pictures, RGBA TIFF and CMYK JPEG; this program turns pictures as their
-EXIF says, Pillow doesn't by itself. --crop and --initial_* are OpenCV's.
+--resize makes the pixels of PyTorch's pipelines with Pillow 13. OpenCV decodes
+what Pillow does, except 16-bit grey pictures, RGBA TIFF and CMYK JPEG; this
+program turns pictures as their EXIF says, Pillow doesn't by itself.
 """
 
 import argparse
@@ -117,13 +116,10 @@ def run(main):
         print(end="", flush=True)  # unlike sys.stdout.flush, also if stdout is closed
     except BrokenPipeError:  # the reader, head for instance, has seen enough: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141  # 128 + SIGPIPE, what a shell reports for cat
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr)
-        code = 130  # 128 + SIGINT, what a shell reports
-    except Terminated:
-        print(f"{Path(sys.argv[0]).name}: stopped by SIGTERM", file=sys.stderr)
-        code = 128 + signal.SIGTERM
+        code = 141  # 128 + SIGPIPE, as a shell reports for cat
+    except (KeyboardInterrupt, Terminated) as stopped:  # 128 + the signal, as a shell reports
+        how, code = ("SIGTERM", 143) if isinstance(stopped, Terminated) else ("Ctrl-C", 130)
+        print(f"{Path(sys.argv[0]).name}: stopped by {how}", file=sys.stderr)
     except Exception as error:
         code = report(error)
     sys.exit(code)
@@ -323,10 +319,13 @@ def find_entry(alias, zoo, model=None):
             if wanted == (name if alias else entry.get("model")):
                 return path, name, entry
             names[name] = path
+    where = ", ".join(map(str, paths))
     if not (alias or zoo):
+        if paths[0].is_file():
+            note = f"{where} has no entry for {wanted}: assuming the preprocessing below"
+            print(f"NOTE: {note}, and no class names but those of --classes", file=sys.stderr)
         return Path(), "", {}
     known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
-    where = ", ".join(map(str, paths))
     raise RequestError(f"no entry '{wanted}' in {where}: {known} (pictures go after --input)")
 
 
@@ -746,11 +745,10 @@ def show(picture, seconds):
     while True:
         key = cv2.waitKeyEx(50 if seconds else 1)  # not 0, which would miss Ctrl-C
         code = key & 0xFFFF  # GTK adds the state of Shift, Num Lock and the like
-        try:
-            closed = cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1
-        except cv2.error:  # OpenCV 5.0.0's Qt, once its only window is closed
-            closed = True
-        if closed or code in (ord("q"), ord("Q"), 27):  # 27: Esc
+        visible = 0
+        with contextlib.suppress(cv2.error):  # OpenCV 5.0.0's Qt, once its only window is closed
+            visible = cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE)
+        if visible < 1 or code in (ord("q"), ord("Q"), 27):  # 27: Esc
             return True
         if code == ord(" ") and end < np.inf:  # pause, unless it waits for a key anyway
             end = seconds = np.inf
@@ -785,10 +783,6 @@ def main():
     jobs = list(zip(sources, get_output_paths(sources, args, window), strict=True))
     net = read_net(args)
     print(f"preprocessing: {describe(args)}")
-    zoo = Path(args.model).with_name(ZOO_NAME)
-    if not args.entry and zoo.is_file():
-        note = f"{zoo} has no entry for {Path(args.model).name}: assuming this preprocessing"
-        print(f"NOTE: {note}, and no class names but those of --classes", file=sys.stderr)
     if window:
         print("keys in the window: q or Esc ends the program, space pauses, any other key goes on")
     code, answered = 0, False
