@@ -261,7 +261,7 @@ def get_args():
     args = parser.parse_args(options)
     before = args.width, args.height
     args = parser.parse_args(namespace=args)  # the command line wins
-    if "resize" not in given:
+    if given & {"width", "height"} and "resize" not in given:
         args.resize = scale_resize(args.resize or [], before, (args.width, args.height))
     args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
     check_preprocessing(args, given)
@@ -476,7 +476,7 @@ def choose_engine(args):
     An entry's engine that this OpenCV lacks is replaced by the next that it was verified on.
     """
     user, hint = Path(args.model).name, "convert it again with this OpenCV"
-    verified = np.ravel(args.entry.get("engines", "auto"))
+    verified = re.findall(r"\w+", str(args.entry.get("engines", "auto")))
     wanted = [args.engine or args.entry.get("engine", "auto"), *verified]
     if (args.backend, args.target) != ("default", "cpu"):
         user, hint = f"--backend {args.backend} --target {args.target}", "take --engine new alone"
