@@ -11,10 +11,9 @@ model file. Without an entry, pictures are prepared as torchvision's ImageNet
 networks expect them: --resize 256, the centre 224x224. If you give --scale,
 --mean or --std, everything you leave out has the defaults of OpenCV's samples.
 
---resize makes the pixels of PyTorch's pipelines: bilinear, bicubic, lanczos and
-nearest are those of Pillow 13. OpenCV decodes what Pillow does, except 16-bit
-grey pictures, RGBA TIFF and CMYK JPEG; this program turns pictures as their
-EXIF says, Pillow doesn't by itself. --crop and --initial_* are OpenCV's.
+--resize makes the pixels of PyTorch's pipelines with Pillow 13. OpenCV decodes
+what Pillow does, except 16-bit grey pictures, RGBA TIFF and CMYK JPEG; this
+program turns pictures as their EXIF says, Pillow doesn't by itself.
 """
 
 import argparse
@@ -117,13 +116,10 @@ def run(main):
         print(end="", flush=True)  # unlike sys.stdout.flush, also if stdout is closed
     except BrokenPipeError:  # the reader, head for instance, has seen enough: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141  # 128 + SIGPIPE, what a shell reports for cat
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr)
-        code = 130  # 128 + SIGINT, what a shell reports
-    except Terminated:
-        print(f"{Path(sys.argv[0]).name}: stopped by SIGTERM", file=sys.stderr)
-        code = 128 + signal.SIGTERM
+        code = 141  # 128 + SIGPIPE, as a shell reports for cat
+    except (KeyboardInterrupt, Terminated) as stopped:  # 128 + the signal, as a shell reports
+        how, code = ("SIGTERM", 143) if isinstance(stopped, Terminated) else ("Ctrl-C", 130)
+        print(f"{Path(sys.argv[0]).name}: stopped by {how}", file=sys.stderr)
     except Exception as error:
         code = report(error)
     sys.exit(code)
@@ -252,11 +248,11 @@ def get_args():
     unwanted = PILLOWS if given & {*BLOBS} else ()
     options = [""]  # NAME's place, which the fourth number of a mean would take
     for key, value in sorted(values.items()):  # labels win over classes
-        if key in unwanted or value is None:
+        if key in unwanted or value in (None, []):
             continue
         if key in ("mean", "std", "resize") and isinstance(value, list):
             # argparse would take -1e-05 for an option, but nothing that begins with a space
-            options += [f"--{key}", *(f" {v}" for v in value)] if value else []
+            options += [f"--{key}", *(f" {v}" for v in value)]
         elif key in TORCHVISION:
             options.append(f"--{key}={value}")
         elif key in ("model", "config", "classes", "labels") and value:
@@ -265,13 +261,12 @@ def get_args():
     args = parser.parse_args(options)
     before = args.width, args.height
     args = parser.parse_args(namespace=args)  # the command line wins
-    if args.resize and "resize" not in given:
-        args.resize = scale_resize(args.resize, before, (args.width, args.height))
+    if given & {"width", "height"} and "resize" not in given:
+        args.resize = scale_resize(args.resize or [], before, (args.width, args.height))
     args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
     check_preprocessing(args, given)
     args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
     args.model = models[0] if models else args.model or f"the model of {name}"
-    args.engine = args.engine or choose_engine(entry)
     args.labels = read_lines(find_file(args.classes, entry)) if args.classes else []
     return args
 
@@ -285,39 +280,29 @@ def describe(p):
 
 def scale_resize(resize, before, after):
     """--resize for a blob of another size; before, after: (width, height), px."""
-    if len(resize) == 2:
-        return [side * new // old for side, old, new in zip(resize, before, after, strict=True)]
-    return [max(resize[0] * new // old for old, new in zip(before, after, strict=True))]
+    sides = [s * new // old for s, old, new in zip([*resize] * 2, before, after, strict=False)]
+    return [max(sides)] if len(resize) == 1 else sides
 
 
 def check_preprocessing(p, given=()):
     """RequestError for options that would be wrong without a word; given: on the command line."""
     if p.resize and len(p.resize) > 2:
         raise RequestError("--resize takes the shorter side, or a width and a height")
+    resize = p.resize or [1]
+    width = max(p.width, p.initial_width or 1, resize[0])
+    height = max(p.height, p.initial_height or 1, resize[-1])
+    if width * height > 2**26:  # Linux would kill the program once the memory is full
+        raise RequestError(f"--width, --height, --resize: {width}x{height} pixels: 2**26 at most")
     if p.center == "first" and [*(p.resize or ())] != [p.width, p.height]:
         raise RequestError(f"--center first needs --resize {p.width} {p.height}, the blob's size")
     if not p.resize and {*given} & {*PILLOWS}:
         raise RequestError("--interpolation and --center are options of --resize: give it, too")
     if 0 < max(map(abs, p.mean)) <= 1 and abs(p.scale) < 0.1:
         times_255 = " ".join(f"{255 * value:g}" for value in p.mean)
-        problem = "the mean is of pixels from 0 to 1, but it is subtracted from 0 to 255, before"
-        problem += f" the scale: give --mean {times_255}"
+        problem = f"a mean of 0..1 is subtracted from pixels of 0..255: give --mean {times_255}"
         if "mean" in given:
             raise RequestError(problem)
         print(f"NOTE: {problem}", file=sys.stderr)
-
-
-def choose_engine(entry):
-    """The entry's engine, else the next that it was verified on; "auto" is OpenCV's default."""
-    engine, verified = str(entry.get("engine", "auto")), str(entry.get("engines", "auto"))
-    if engine in (*ENGINES, "auto") or not ENGINES:
-        return engine
-    missing = f"this OpenCV has no {engine} engine for {entry.get('model')}"
-    for name in (*ENGINES, "auto"):
-        if name in verified:
-            print(f"NOTE: {missing}: taking {name}", file=sys.stderr)
-            return name
-    raise RequestError(f"{missing}: convert it again with this OpenCV")
 
 
 def find_entry(alias, zoo, model=None):
@@ -334,10 +319,13 @@ def find_entry(alias, zoo, model=None):
             if wanted == (name if alias else entry.get("model")):
                 return path, name, entry
             names[name] = path
+    where = ", ".join(map(str, paths))
     if not (alias or zoo):
+        if paths[0].is_file():
+            note = f"{where} has no entry for {wanted}: assuming the preprocessing below"
+            print(f"NOTE: {note}, and no class names but those of --classes", file=sys.stderr)
         return Path(), "", {}
     known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
-    where = ", ".join(map(str, paths))
     raise RequestError(f"no entry '{wanted}' in {where}: {known} (pictures go after --input)")
 
 
@@ -397,33 +385,31 @@ def read_lines(path):
 
 
 def expand_sources(names):
-    """Yield (name, "picture", "video" or "camera", or "" for a file that can't be opened).
-
-    A folder stands for its pictures. Whatever doesn't begin like a picture is a video, because
-    cv2.VideoCapture opens streams and numbered pictures, img_%03d.png, as well.
-    """
+    """Yield (name, kind) of each input; of a folder, its pictures'."""
     for name in names:
-        if os.path.isdir(name):
-            files = [file for file in os.listdir(name) if file.lower().endswith(PICTURES)]
-            files = [file for file in sorted(files) if not file.startswith(".")]
-            if not files:
-                raise RequestError(f"{name}: no picture in this folder")
-            yield from ((os.path.join(name, file), "picture") for file in files)
-        elif os.access(name, os.R_OK):
-            yield name, "picture" if is_picture(name) else "video"
-        elif name.isdecimal():
-            yield name, "camera"
-        else:  # "!": of a GStreamer pipeline
-            yield name, "video" if re.search("://|[%!]", name) else ""
+        if not os.path.isdir(name):
+            yield name, get_kind(name)
+            continue
+        files = [file for file in os.listdir(name) if file.lower().endswith(PICTURES)]
+        files = [os.path.join(name, file) for file in sorted(files) if file[0] != "."]
+        if not files:
+            raise RequestError(f"{name}: no picture in this folder")
+        yield from ((file, "picture") for file in files)
 
 
-def is_picture(name):
-    """Whether a file begins like a picture. A pipe, which can be read only once, has to be one."""
-    try:
-        is_file = os.path.isfile(name)  # not a device, as /dev/video0 is
-        return Path(name).is_fifo() or (is_file and cv2.haveImageReader(check_name(name)))
-    except (InputError, cv2.error):  # of OpenEXR, which OpenCV 4's wheels know but can't read
-        return False
+def get_kind(name):
+    """Get "picture", "video", "camera", or "" for a file that can't be opened.
+
+    A picture begins like one; a pipe, which can be read only once, has to be one. All else is a
+    video, since cv2.VideoCapture opens devices, streams and img_%03d.png as well.
+    """
+    if not os.access(name, os.R_OK):  # "!": of a GStreamer pipeline
+        return "camera" if name.isdecimal() else "video" if re.search("://|[%!]", name) else ""
+    with contextlib.suppress(InputError, cv2.error):  # OpenCV 4's wheels know OpenEXR, but raise
+        is_file = os.path.isfile(name)
+        if Path(name).is_fifo() or (is_file and cv2.haveImageReader(check_name(name))):
+            return "picture"
+    return "video"
 
 
 def read_frames(name, kind):
@@ -474,21 +460,34 @@ def read_net(args):
     # only our own: OpenCV's entry of googlenet, for instance, has the hash of an empty file
     if "made_from" in args.entry and get_load_info(args.model) != args.entry.get("load_info"):
         raise RequestError(f"{args.model}: missing, or changed (by its SHA-1); convert it again")
-    engine = args.engine
-    if ENGINES and (args.backend, args.target) != ("default", "cpu"):
-        engine = "classic"
-        if engine not in ENGINES:
-            problem = "needs the classic engine, which this OpenCV lacks: take --engine new alone"
-            raise RequestError(f"--backend {args.backend} --target {args.target} {problem}")
-    engine = [ENGINES[engine]] if engine in ENGINES else []
     try:
-        net = cv2.dnn.readNet(check_name(args.model), args.config or "", "", *engine)
+        net = cv2.dnn.readNet(check_name(args.model), args.config or "", "", *choose_engine(args))
     except cv2.error as error:
         problem = f"no such file, truncated, or not ONNX: {one_line(error)}"
         raise RequestError(f"{args.model}: {problem}") from None
     net.setPreferableBackend(backend)
     net.setPreferableTarget(target)
     return net
+
+
+def choose_engine(args):
+    """[the engine for readNet], or [] for OpenCV's default.
+
+    An entry's engine that this OpenCV lacks is replaced by the next that it was verified on.
+    """
+    user, hint = Path(args.model).name, "convert it again with this OpenCV"
+    verified = re.findall(r"\w+", str(args.entry.get("engines", "auto")))
+    wanted = [args.engine or args.entry.get("engine", "auto"), *verified]
+    if (args.backend, args.target) != ("default", "cpu"):
+        user, hint = f"--backend {args.backend} --target {args.target}", "take --engine new alone"
+        wanted = ["classic"]
+    known = [engine for engine in wanted if engine in (*ENGINES, "auto") or not ENGINES]
+    missing = f"this OpenCV has no {wanted[0]} engine for {user}"
+    if not known:
+        raise RequestError(f"{missing}: {hint}")
+    if known[0] != wanted[0]:
+        print(f"NOTE: {missing}: taking {known[0]}", file=sys.stderr)
+    return [ENGINES[known[0]]] if known[0] in ENGINES else []
 
 
 def get_load_info(model):
@@ -670,8 +669,7 @@ def get_output_paths(sources, args, window):
             path /= get_result_name(name, f"_{Path(args.model).stem}{suffix}")
         if kind and path.suffix.lower() not in suffixes:
             problem = f"a {kind} needs {' or '.join(suffixes)}, a folder a slash at its end"
-            problem = problem if kind == "picture" else f"{name} isn't a picture, and {problem}"
-            raise RequestError(f"--output {path}: {problem}")
+            raise RequestError(f"{name}: --output {path}: {problem}")
         while os.path.realpath(path).lower() in taken:
             path = path.with_stem(f"{path.stem}_{number}")
         taken.add(os.path.realpath(path).lower())
@@ -695,8 +693,7 @@ def save(frames, path):
     part, writer, number = path.with_name(f".{os.getpid()}{path.suffix}"), None, 0
     try:
         for picture, rate in frames:
-            if not writer:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             if rate:
                 fourcc = cv2.VideoWriter_fourcc(*SAVED_VIDEOS[path.suffix.lower()])
                 writer = writer or cv2.VideoWriter(str(part), fourcc, rate, picture.shape[1::-1])
@@ -735,10 +732,9 @@ def has_display():
     # a child process tries: without a display Qt aborts instead of raising (OpenCV 5.0.0, exit
     # 134; https://github.com/opencv/opencv/issues/13682)
     probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         return subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+    return False
 
 
 def show(picture, seconds):
@@ -749,11 +745,10 @@ def show(picture, seconds):
     while True:
         key = cv2.waitKeyEx(50 if seconds else 1)  # not 0, which would miss Ctrl-C
         code = key & 0xFFFF  # GTK adds the state of Shift, Num Lock and the like
-        try:
-            closed = cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1
-        except cv2.error:  # OpenCV 5.0.0's Qt, once its only window is closed
-            closed = True
-        if closed or code in (ord("q"), ord("Q"), 27):  # 27: Esc
+        visible = 0
+        with contextlib.suppress(cv2.error):  # OpenCV 5.0.0's Qt, once its only window is closed
+            visible = cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE)
+        if visible < 1 or code in (ord("q"), ord("Q"), 27):  # 27: Esc
             return True
         if code == ord(" ") and end < np.inf:  # pause, unless it waits for a key anyway
             end = seconds = np.inf
@@ -788,10 +783,6 @@ def main():
     jobs = list(zip(sources, get_output_paths(sources, args, window), strict=True))
     net = read_net(args)
     print(f"preprocessing: {describe(args)}")
-    zoo = Path(args.model).with_name(ZOO_NAME)
-    if not args.entry and zoo.is_file():
-        note = f"{zoo} has no entry for {Path(args.model).name}: assuming this preprocessing"
-        print(f"NOTE: {note}, and no class names but those of --classes", file=sys.stderr)
     if window:
         print("keys in the window: q or Esc ends the program, space pauses, any other key goes on")
     code, answered = 0, False

@@ -372,7 +372,7 @@ def scale_frame(preprocessing, width, height):
     """The same preprocessing for pictures of another width and height, px; None: as it is."""
     p = preprocessing
     before, after = (p.width, p.height), (width or p.width, height or p.height)
-    resize = tuple(scale_resize(p.resize, before, after)) if p.resize else ()
+    resize = tuple(scale_resize(p.resize, before, after))
     return replace(p, width=after[0], height=after[1], resize=resize)
 
 

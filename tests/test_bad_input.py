@@ -113,7 +113,10 @@ def bad(model, tmp_path_factory):
         ("MODEL KOALA --engine ort", "--engine: invalid choice: 'ort'"),
         ("MODEL KOALA --backend cuda --target cuda", "no --target cuda"),
         ("MODEL KOALA --modle x", "--modle"),
-        ("MODEL KOALA --width 60000 --height 60000", ""),  # no memory holds it
+        # no memory holds it
+        ("MODEL KOALA --width 60000 --height 60000", "pixels: 2**26 at most"),
+        ("MODEL KOALA --resize 60000 --interpolation cv2-area", "60000x60000 pixels: 2**26"),
+        ("MODEL KOALA --initial_width 60000 --initial_height 60000", "60000x60000 pixels: 2**26"),
     ],
 )  # fmt: skip
 def test_classification(run, folder, model, bad, options, words):

@@ -103,10 +103,12 @@ def zoo(folder, model):
         ("three", "height: [8, 7]"),
         ("four", "std: [1, 2]"),
         ("five", "mean: [1, 2, 3, 4]"),
+        ("six", "resize: [1, 2, 3]"),
         ("inf", "scale: .inf"),
         ("ort", 'engine: "ort"'),
         ("alone", 'engine: "ort"\n  engines: ["ort"]'),
         ("next", 'engine: "ort"\n  engines: ["ort", "new"]'),
+        ("word", 'engine: "ort"\n  engines: new'),
         ("vgg16-random", "scale: 1.0"),
         ("tiny", "std: []\n  mean: [-1e-05, -2, 0.5]\n  scale: -1.5e-05\n  rgb: 1"),
         ("empty", 'mean: []\n  weights: "random"'),
@@ -147,6 +149,7 @@ def test_entry_of_opencvs_samples(run, zoo):
         (["three"], ["three: error: argument --height: invalid positive_int value: '[8, 7]'"]),
         (["four"], ["models.yml: four: error: argument --std: expected 3 arguments"]),
         (["five"], ["models.yml: five: error: unrecognized arguments:  4"]),
+        (["six"], ["--resize takes the shorter side, or a width and a height"]),
         (["second"], ["the model of second: no such file"]),
         (["inf"], ["models.yml: inf: error: argument --scale: invalid non_zero value: 'inf'"]),
         (["alone"], ["no ort engine for net.onnx: convert it again with this OpenCV"]),
@@ -176,7 +179,7 @@ def test_numbers_of_every_kind(run, zoo):
     assert "* RANDOM WEIGHTS" in result.stdout
 
 
-@pytest.mark.parametrize("name, engine", [("ort", "auto"), ("next", "new")])
+@pytest.mark.parametrize("name, engine", [("ort", "auto"), ("next", "new"), ("word", "new")])
 def test_an_engine_that_this_opencv_lacks(run, zoo, name, engine):
     """The next one that the file was verified on, or OpenCV's default, with a word; or --engine."""
     result = run("classification.py", name, "--zoo", zoo, "--input", KOALA)
