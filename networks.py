@@ -26,7 +26,7 @@ from class_names import find_class_names
 from classification import RANDOM, RequestError, one_line, scale_resize
 from common import SCRIPT_DIR, SEED, Preprocessing, get_digest, read_tutorial
 from default_preprocess_config import PYTORCH_RSZ_HEIGHT, pytorch_resize_input_blob
-from forward import adapt_own, get_dtype, no_autocast, run_forward
+from forward import adapt_own, get_dtype, no_autocast, run_forward, takes
 from preprocessing import GREY, run_transform
 from transforms import find_transform, get_own_size, is_factory, measure_and_prove
 
@@ -265,15 +265,8 @@ def takes_grey(model, width, height):
     inputs = {m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
     if 3 in inputs and 1 not in inputs:
         return False  # without a pass: timm's LeViT, for one, would keep what it computes
-    for channels in (3, 1):
-        batch = torch.zeros(1, channels, height, width, dtype=get_dtype(model))
-        try:
-            with torch.no_grad():
-                model(batch)
-            return channels == 1
-        except (Exception, SystemExit):  # whatever its code raises
-            continue
-    return False
+    batch = torch.zeros(1, 3, height, width, dtype=get_dtype(model))
+    return not takes(model, batch) and takes(model, batch[:, :1])
 
 
 def add_grey(network, mix):

@@ -20,7 +20,6 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from class_names import as_file
 from classification import (
     BLOBS,
     ENGINES,
@@ -253,8 +252,7 @@ def save_entry(args, module_config, converted, names):
     print(f"preprocessing: {describe(p)}")
     if only_evaluates and converted.declared:
         p = converted.preprocessing  # the options are the evaluation's, not the entry's
-    with as_file(own) as file:
-        write_entry(converted, p, file if own else labels, anew=not only_evaluates)
+    write_entry(converted, p, labels, anew=not only_evaluates)
 
 
 def run_test_module(converted, module_config):
