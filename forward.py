@@ -21,21 +21,19 @@ def adapt_own(network):
     import torch
     from torch.nn.utils import parametrize
 
-    model, name, preprocessing = network.model, network.request.name, network.preprocessing
+    model, name, p = network.model, network.request.name, network.preprocessing
     for module in filter(parametrize.is_parametrized, [*model.modules()]):
         for tensor in [*module.parametrizations]:  # its value is a constant now
             parametrize.remove_parametrizations(module, tensor)
-    batch = torch.randn(1, 3, preprocessing.height, preprocessing.width)
-    dtype = get_dtype(model)
+    batch, dtype = torch.randn(1, 3, p.height, p.width), get_dtype(model)
     before = get_logits(run_forward(model, batch.to(dtype)))
     with no_autocast() as dtypes:
         output = run_forward(model.float(), batch)
     if dtypes:
         model.forward = no_autocast()(model.forward)
-    if get_logits(output) is not output:
+    if (after := get_logits(output)) is not output:
         print(f"{name}: taking the `logits` of what it returns")
         model.register_forward_hook(lambda module, inputs, output: get_logits(output))
-    after = get_logits(output)
     kinds = sorted(str(kind).removeprefix("torch.") for kind in {dtype, *dtypes} - {torch.float32})
     if kinds and torch.is_tensor(after):
         change = float((after - before).abs().max() / after.abs().max())
@@ -120,6 +118,17 @@ def takes(model, batch):
         model(batch)
         return True
     return False
+
+
+def takes_grey(model, width, height):
+    """Whether a network's forward fails with three channels, and works with one."""
+    import torch
+
+    inputs = {m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
+    if 3 in inputs and 1 not in inputs:
+        return False  # without a pass: timm's LeViT, for one, would keep what it computes
+    batch = torch.zeros(1, 3, height, width, dtype=get_dtype(model))
+    return not takes(model, batch) and takes(model, batch[:, :1])
 
 
 def find_line(frames):
