@@ -68,10 +68,9 @@ def run_transform(transform, picture):
             result = result["pixel_values"][0]
         array = np.asarray(result, np.float32)
     except Exception as error:  # whatever that code raises
-        hint = ""
+        reason = f"it fails with {type(error).__name__}: {one_line(error)[:150]}"
         if type(transform).__module__.startswith("albumentations"):
-            hint = "; wrap it: def NAME(p): return compose(image=numpy.array(p))['image']"
-        reason = f"it fails with {type(error).__name__}: {one_line(error)[:150]}{hint}"
+            reason += "; wrap it: def NAME(p): return compose(image=numpy.array(p))['image']"
         raise ValueError(reason) from None
     array = array[0] if array.ndim == 4 and len(array) == 1 else array
     if array.ndim != 3 or len(array) not in (1, 3):
