@@ -18,8 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from forward import find_line
 
-# Functions that read values without an operator, so that TorchDispatchMode doesn't see them.
-# torch.tensor([x.mean()]) does, too: exporters write a constant.
+# Functions that read values without an operator; torch.tensor([x.mean()]) writes a constant.
 READERS = {
     "numpy", "tolist", "item", "__array__", "__dlpack__", "apply_", "map_", "map2_",
     "__bool__", "__int__", "__index__", "__float__", "__complex__",

@@ -93,11 +93,10 @@ class Network:
 
 
 def load_network(request, or_random=True, test_picture=None):
-    """The Network of a Request.
+    """The Network of a Request; test_picture: one more for the proof of the preprocessing.
 
-    Without torchvision's weights and without a network connection it gets random weights, and
-    stderr says so; with or_random=False, or for any other reason, RequestError is raised.
-    test_picture: one more for the proof of the preprocessing.
+    If torchvision's weights can't be downloaded it gets random ones, and stderr says so, unless
+    or_random=False. Raises RequestError for that, and for whatever else can't be loaded.
     """
     if "torch" not in sys.modules:  # it takes seconds
         print("loading PyTorch ...", flush=True)
@@ -187,8 +186,8 @@ def build_torchvisions(name, size, **options):
     try:
         return models.get_model(name, **options, **BUILD_OPTIONS.get(name, {}))
     except (AssertionError, ValueError) as error:
-        reason = f"{one_line(error)}; give another --frame_size"
-        raise RequestError(f"{name} can't be made for {size}x{size} pictures: {reason}") from None
+        problem = f"{name} can't be made for {size}x{size} pictures: {one_line(error)}"
+        raise RequestError(f"{problem}; give another --frame_size") from None
 
 
 def download_torchvisions(name, build, entry, or_random):
@@ -211,8 +210,8 @@ def download_torchvisions(name, build, entry, or_random):
     reason = f"{name}'s weights can't be downloaded: {path.name}: {reason}"
     if not or_random:
         raise RequestError(f"{reason}: put it into {path.parent}, or give --weights {RANDOM}")
-    reason += ": continuing with RANDOM WEIGHTS, which prove the conversion just as well, but give"
-    print(f"WARNING: {reason} meaningless answers", file=sys.stderr, flush=True)
+    effect = "which prove the conversion just as well, but give meaningless answers"
+    print(f"WARNING: {reason}: continuing with RANDOM WEIGHTS, {effect}", file=sys.stderr)
     return None
 
 
@@ -262,9 +261,9 @@ def add_grey(network):
 
 
 def build_own(name):
-    """The nn.Module that "module:function" names, in eval mode, from this folder or a package.
+    """The nn.Module that "module:function" names, in eval mode; RequestError if it gives none.
 
-    What that code raises keeps its traceback. Raises RequestError if it doesn't give an nn.Module.
+    What that code raises keeps its traceback.
     """
     import torch
 
@@ -289,9 +288,9 @@ def build_own(name):
 
 @contextlib.contextmanager
 def your_code(option, name):
-    """Yield what "module:name" names, and run your code; `option` is where the name was given.
+    """Yield what "module:name", given as `option`, names in this folder or a package.
 
-    It sees the files of this folder before ours, and not our command line.
+    Your code sees the files of this folder before ours, and not our command line.
     """
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
@@ -347,10 +346,9 @@ def calibrate(model, width, height):
     batch = smooth + step * torch.randn(8, 3, *size) + 4 * step - 2
 
     def set_statistics(batch_norm, inputs):
-        # The batch's variance, but a twentieth of its mean: a deep random network that subtracts
-        # the whole mean amplifies rounding errors (resnet152: to 2e-4), and errors show no better.
-        # Channels that hardly change aren't amplified either: if they are, ConvMixer's logits grow
-        # to a million, and PyTorch's float32 is 6e-3 from its own float64 (now 1e-6).
+        # A twentieth of the batch's mean: a deep random network that subtracts the whole mean
+        # amplifies rounding errors (resnet152: to 2e-4). Channels that hardly change aren't
+        # amplified: if they are, PyTorch's float32 is 6e-3 from its float64 (ConvMixer; now 1e-6).
         axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
         variance = inputs[0].var(axes)
         batch_norm.running_mean = 0.05 * inputs[0].mean(axes)
@@ -377,9 +375,8 @@ def load_weights(request, build):
     """
     import torch
 
-    path, model = request.weights, build().float()
+    path, model, checkpoint = request.weights, build().float(), read_checkpoint(request.weights)
     wanted = model.state_dict()
-    checkpoint = read_checkpoint(path)
     check_float(path, checkpoint)
     state = find_state_dict(checkpoint, wanted, path, request.weights_key)
     # the head is the last parameter of two or more dimensions, in all of torchvision's networks

@@ -111,10 +111,7 @@ def add_config(parser, config_class, title, description=None):
 
 
 def get_args():
-    """The command line, with args.request.
-
-    Raises RequestError for options that would have no effect, or conflict.
-    """
+    """The command line, with args.request, and in args.given the Preprocessing's fields."""
     args = get_parser().parse_args()
     if not (args.model_name or args.list_models):
         raise RequestError("--model_name is missing (see --help)")
@@ -154,10 +151,7 @@ def check_given(args):
 
 
 def get_preprocessing(about, args, module_config):
-    """The Preprocessing of test mode, the entry and the evaluation: the network's own, or options'.
-
-    about: the Network, or its Converted.
-    """
+    """The Preprocessing of a Network, or its Converted, with what the options change."""
     given, base = args.given, about.preprocessing
     if not args.default_img_preprocess:
         fields = read_tutorial(vars(module_config))
