@@ -13,6 +13,7 @@ import zipfile
 from collections import Counter, OrderedDict
 
 import numpy as np
+import torch
 
 from classification import RequestError
 
@@ -39,8 +40,6 @@ AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception
 
 def read_checkpoint(path):
     """What torch.load finds in a checkpoint file; RequestError if it isn't one, or may run code."""
-    import torch
-
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             files = {name.rpartition("/")[2] for name in archive.namelist()}

@@ -6,6 +6,9 @@ import re
 import traceback
 from unittest import mock
 
+import torch
+from torch.nn.utils import parametrize
+
 from classification import RequestError, one_line
 from common import SCRIPT_DIR
 
@@ -18,9 +21,6 @@ WRAP = "give MODULE:FUNCTION of a module around the network that"
 
 def adapt_own(network):
     """Make the network one in float32 that returns nothing but logits; say what that changes."""
-    import torch
-    from torch.nn.utils import parametrize
-
     model, name, p = network.model, network.request.name, network.preprocessing
     for module in filter(parametrize.is_parametrized, [*model.modules()]):
         for tensor in [*module.parametrizations]:  # its value is a constant now
@@ -43,8 +43,6 @@ def adapt_own(network):
 
 def get_dtype(model):
     """What a network computes in: float32, or what a half-precision one has."""
-    import torch
-
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
@@ -54,8 +52,6 @@ def no_autocast():
 
     An outer autocast(enabled=False) would lose to the network's own.
     """
-    import torch
-
     dtypes = set()
 
     def enter(autocast):
@@ -71,8 +67,6 @@ def run_forward(model, batch):
 
     If its code fails, RequestError says where, and what to do.
     """
-    import torch
-
     try:
         with torch.no_grad():
             return model(batch)
@@ -112,8 +106,6 @@ def explain(error, model, batch):
 
 def takes(model, batch):
     """Whether the network's code runs with a batch."""
-    import torch
-
     with contextlib.suppress(Exception, SystemExit), torch.no_grad():
         model(batch)
         return True
@@ -122,8 +114,6 @@ def takes(model, batch):
 
 def takes_grey(model, width, height):
     """Whether a network's forward fails with three channels, and works with one."""
-    import torch
-
     inputs = {m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
     if 3 in inputs and 1 not in inputs:
         return False  # without a pass: timm's LeViT, for one, would keep what it computes
@@ -133,8 +123,6 @@ def takes_grey(model, width, height):
 
 def find_line(frames):
     """Your line in a stack, "FILE, line N: CODE": the last that isn't PyTorch's; "" if all are."""
-    import torch
-
     ours = str(SCRIPT_DIR / "branches.py")  # which watches yours
     others = os.path.join(os.path.dirname(torch.__file__), ""), contextlib.__file__, ours
     yours = [frame for frame in frames if not frame.filename.startswith(others)]

@@ -3,8 +3,8 @@
 The network is torchvision's or your own; its weights are torchvision's, a checkpoint file's, those
 that your function returns it with, or random.
 
-torch takes seconds to import, so functions import it where they need it: a mistyped option is
-reported at once, and a network that was converted before needs no torch at all.
+torch takes seconds to import, so scripts import this when they have read their options, and not at
+all for a network that was converted before.
 """
 
 import contextlib
@@ -20,11 +20,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves
+from torchvision import models
 
 from checkpoints import find_state_dict, read_checkpoint
 from class_names import find_class_names
 from classification import RANDOM, RequestError, one_line, scale_resize
-from common import SCRIPT_DIR, SEED, Preprocessing, get_digest, read_tutorial
+from common import SCRIPT_DIR, SEED, Preprocessing, Request, get_digest, read_tutorial
 from default_preprocess_config import PYTORCH_RSZ_HEIGHT, pytorch_resize_input_blob
 from forward import adapt_own, get_dtype, no_autocast, run_forward, takes_grey
 from preprocessing import GREY, run_transform
@@ -44,36 +47,6 @@ BUILD_OPTIONS = {
     name: {"transform_input": True, "aux_logits": False, "init_weights": False}
     for name in ("googlenet", "inception_v3")
 }
-
-
-@dataclass(frozen=True)
-class Request:
-    """Which network is wanted, as --model_name, --weights and the size options say it."""
-
-    name: str  # torchvision's, or "module:function"
-    weights: str = ""  # torchvision's name, a file, "random"; "" for the default ones
-    weights_key: str = ""  # of the state dict in the file; "" for the first that fits
-    width: int | None = None  # of its pictures, px; None for its own
-    height: int | None = None
-    transform: str = ""  # the user's, "module:name"; "" for that of the network's library
-
-    @property
-    def is_own(self):
-        """Whether the network comes from your code."""
-        return ":" in self.name
-
-    @property
-    def size(self):
-        """(width, height), or None unless both are given."""
-        return (self.width, self.height) if self.width and self.height else None
-
-    @property
-    def is_random(self):
-        return self.weights.lower() == RANDOM
-
-    @property
-    def is_file(self):
-        return not self.is_random and Path(self.weights).is_file()
 
 
 @dataclass
@@ -98,8 +71,6 @@ def load_network(request, or_random=True, test_picture=None):
     If torchvision's weights can't be downloaded it gets random ones, and stderr says so, unless
     or_random=False. Raises RequestError for that, and for whatever else can't be loaded.
     """
-    if "torch" not in sys.modules:  # it takes seconds
-        print("loading PyTorch ...", flush=True)
     network = Network(request, request.weights.lower(), None, IMAGENET)
     if request.transform:
         network.transform, network.transform_name = load_transform(request.transform)
@@ -159,15 +130,11 @@ def load_torchvisions(network, test_picture, or_random):
 
 def get_torchvision_names():
     """torchvision's classifiers: 80 in 0.29."""
-    from torchvision import models
-
     return models.list_models(module=models)
 
 
 def get_torchvision_weights(name):
     """{name: torchvision's weights} of one of its networks; the first are the default."""
-    from torchvision import models
-
     if name not in (names := get_torchvision_names()):
         near = " or ".join(difflib.get_close_matches(name, names, n=3) or [*names[:2], "..."])
         hint = f"did you mean {near}? --list_models shows all; MODULE:FUNCTION names your own"
@@ -177,9 +144,6 @@ def get_torchvision_weights(name):
 
 def build_torchvisions(name, size, **options):
     """The network for pictures of `size` px; options: torchvision's, weights or num_classes."""
-    import torch
-    from torchvision import models
-
     torch.manual_seed(SEED)
     if name.startswith("vit_"):  # it has a parameter for each patch of the picture
         options["image_size"] = size
@@ -192,8 +156,6 @@ def build_torchvisions(name, size, **options):
 
 def download_torchvisions(name, build, entry, or_random):
     """The network with torchvision's weights; None if they can't be had and random ones may be."""
-    import torch
-
     path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
     # the name ends in the start of its SHA-256; torch checks that only when it downloads the file
     if path.is_file() and not get_digest(path).startswith(path.stem.rpartition("-")[2]):
@@ -246,8 +208,6 @@ def load_transform(name):
 
 def add_grey(network):
     """Put the 1x1 convolution `mix`, which makes grey of RGB, before a network, and say so."""
-    import torch
-
     theirs, model, mix = network.transform, network.model, np.float32(network.mix)
     convolution = torch.nn.Conv2d(3, len(mix), 1).requires_grad_(False)
     convolution.weight.copy_(torch.from_numpy(mix[:, :3, None, None]))
@@ -265,8 +225,6 @@ def build_own(name):
 
     What that code raises keeps its traceback.
     """
-    import torch
-
     torch.manual_seed(SEED)
     with your_code("--model_name", name) as model:
         if not isinstance(model, torch.nn.Module):
@@ -337,8 +295,6 @@ def calibrate(model, width, height):
     them. And BatchNorm gets the variances of a seeded batch, layer by layer; without them a deep
     network's logits are the same for all pictures, or grow without bound.
     """
-    import torch
-
     # from smooth to noisy, and from dark to bright, as verify.py's are
     size = (height, width)
     smooth = torch.nn.functional.interpolate(torch.randn(8, 3, 6, 6), size, mode="bilinear")
@@ -373,8 +329,6 @@ def load_weights(request, build):
     The head of torchvision's networks is sized by the file: build(num_classes=...). Raises
     RequestError if the file is damaged, holds no state dict, or another network's.
     """
-    import torch
-
     path, model, checkpoint = request.weights, build().float(), read_checkpoint(request.weights)
     wanted = model.state_dict()
     check_float(path, checkpoint)
@@ -401,24 +355,5 @@ def load_weights(request, build):
 
 def check_float(source, values):
     """Raise RequestError if there is a quantized tensor in a state dict, or in what holds one."""
-    from torch.utils._pytree import tree_leaves
-
     if any(getattr(value, "is_quantized", False) for value in tree_leaves(values)):
         raise RequestError(f"{source}: its weights are quantized: convert the float network")
-
-
-def run_pytorch(model, blob):
-    """PyTorch's logits, (batch, classes), for a float32 blob (batch, 3, height, width).
-
-    Raises RequestError if it isn't a classifier, or its code fails.
-    """
-    import torch
-
-    # a copy: a network that changes its input in place would change OpenCV's as well
-    logits = run_forward(model, torch.from_numpy(blob).clone())
-    shape = tuple(getattr(logits, "shape", ()))
-    if len(shape) != 2 or shape[0] != len(blob) or not shape[1] or logits.dtype != torch.float32:
-        found = f"{logits.dtype} of shape {shape}" if shape else type(logits).__name__
-        hint = "wrap it in a module that returns float32 logits of shape (batch, classes)"
-        raise RequestError(f"not a classifier: forward returns {found}; {hint}")
-    return logits.numpy()

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps
 
-from classification import INTERPOLATIONS, get_blob, get_centre, one_line
+from classification import INTERPOLATIONS, RequestError, get_blob, get_centre, one_line
 from common import Preprocessing
 
 GREY = np.float32([0.299, 0.587, 0.114])  # of R, G, B: Pillow's, from ITU-R BT.601
@@ -54,13 +55,20 @@ class Measured:
         return np.tensordot(self.mix[:, :3], blob, 1) + self.mix[:, 3:, None]
 
 
+def read_pil(path):
+    """The picture as PIL reads it, in RGB, turned as its EXIF says, like read_picture's."""
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except OSError as error:
+        raise RequestError(f"Pillow: {one_line(error)}") from None
+
+
 def run_transform(transform, picture):
     """float32 (1 or 3, height, width): what a transform makes of a PIL or uint8 RGB picture.
 
     Raises ValueError if it makes anything else, or fails.
     """
-    from PIL import Image
-
     picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     try:
         result = transform(picture)

@@ -36,12 +36,10 @@ from classification import (
     read_picture,
     run,
 )
-from common import Preprocessing, find_bundled, read_tutorial
-from conversion import convert
+from common import Preprocessing, Request, find_bundled, read_tutorial
 from entries import find_converted, write_entry
 from evaluation import evaluate, make_plan
 from labelled_pictures import get_data
-from networks import Request, get_torchvision_names, get_torchvision_weights, load_network
 from processes import LOCAL_RANK, RANK, first_process_first, join_processes
 from test_config import CLS_TEST_DATA_DIR, RESULTS_DIR, TestClsConfig, TestClsModuleConfig
 from verify import get_references
@@ -187,6 +185,8 @@ def get_module_config(args):
 
 def list_models():
     """Print torchvision's classifiers; the accuracies are those of their default weights."""
+    from networks import get_torchvision_names, get_torchvision_weights
+
     print(f"{'network':20}{'resize':>8}{'input':>7}{'top-1':>9}{'top-5':>9}  weights")
     for name in get_torchvision_names():
         entry = next(iter(get_torchvision_weights(name).values()))
@@ -205,6 +205,10 @@ def get_converted(args, config, module_config, picture, names, data):
     network, plan = None, None
     converted = None if args.evaluate or args.transform else find_converted(args.request)
     if not converted or converted.transform:
+        print("loading PyTorch ...", flush=True)  # it takes seconds
+        from conversion import convert
+        from networks import load_network
+
         or_random = data is None or data.bundled
         network = load_network(args.request, or_random, module_config.input_img)
         # again: only now is it known that a download failed, or that a size is the network's own
@@ -235,9 +239,8 @@ def save_entry(args, module_config, converted, names):
     labels = module_config.classes if len(names) == converted.outputs and not own else None
     name = args.model_name
     if not converted.declared and not args.given.keys() & NUMBERS:
-        hint = "--transform or --resize, --mean, --std change it"
-        problem = f"{name} declares no preprocessing: assuming ImageNet's; {hint}"
-        print(f"NOTE: {problem}", file=sys.stderr)
+        note = "assuming ImageNet's; --transform or --resize, --mean, --std change it"
+        print(f"NOTE: {name} declares no preprocessing: {note}", file=sys.stderr)
     if not converted.known_classes and labels and not args.classes:
         print(f"NOTE: assuming that {name}'s classes are ImageNet's; --classes names others")
     if own:

@@ -14,7 +14,7 @@ import numpy as np
 from classification import RequestError, one_line, read_picture
 from common import find_bundled
 from forward import takes_grey
-from preprocessing import get_parts, measure, run_transform
+from preprocessing import get_parts, measure, read_pil, run_transform
 from test_config import CLS_TEST_DATA_DIR
 
 # In grey levels, the mean over a picture. For scale: transforms of tensors, which round elsewhere,
@@ -65,17 +65,6 @@ def is_factory(transform):
     except TypeError:
         return False
     return True
-
-
-def read_pil(path):
-    """The picture as PIL reads it, in RGB, turned as its EXIF says, like read_picture's."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except OSError as error:
-        raise RequestError(f"Pillow: {one_line(error)}") from None
 
 
 def keeps_size(transform):
