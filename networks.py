@@ -87,8 +87,8 @@ def load_network(request, or_random=True, test_picture=None):
     if p == own:  # the same file as without the size
         network.request = replace(network.request, width=None, height=None)
     elif request.transform:
-        size = f"{own.width}x{own.height} pixels"
-        raise RequestError(f"--transform {request.transform} makes {size}; leave --frame_size out")
+        problem = f"--transform makes {own.width}x{own.height} pixels"
+        raise RequestError(f"{problem}; leave --frame_size out")
     elif network.transform:
         network.transform = None
         print(f"preprocessing: scaled to {p.width}x{p.height}, so not the transform's any more")
@@ -109,8 +109,7 @@ def load_torchvisions(network, test_picture, or_random):
         network.transform = (entry or default).transforms()
         network.transform_name = "torchvision's transforms"
     measure_and_prove(network, request.size, test_picture)
-    size = request.width or network.preprocessing.width
-    build = partial(build_torchvisions, request.name, size)
+    build = partial(build_torchvisions, request.name, request.width or network.preprocessing.width)
     if request.is_file:
         network.model, network.weights = load_weights(request, build), Path(request.weights).name
         if request.name in BUILD_OPTIONS:
@@ -272,8 +271,8 @@ def your_code(option, name):
         hint = 'put what a script runs under `if __name__ == "__main__":`'
         raise RequestError(f"{option} {name}: exits (SystemExit: {error}); {hint}") from None
     finally:
-        for name in {file.stem for file in SCRIPT_DIR.glob("*.py")} - files.keys():
-            sys.modules.pop(name, None)  # yours, called like one of ours
+        for stem in {file.stem for file in SCRIPT_DIR.glob("*.py")} - files.keys():
+            sys.modules.pop(stem, None)  # yours, called like one of ours
         sys.modules.update(hidden)
         sys.path[:] = [*path, os.getcwd()]  # for what your code imports later
         sys.argv = argv

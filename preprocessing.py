@@ -25,7 +25,7 @@ RAMP = (480, 640)  # (height, width), px
 class Measured:
     """What a transform does, as get_blob can do it."""
 
-    transform: object  # None if nobody has one
+    transform: object
     preprocessing: Preprocessing
     # Of a transform to grey: the weights for R, G and B, and the bias, of the 1x1 convolution that
     # makes its channels from a blob in 0 to 1; float32 (channels, 4)

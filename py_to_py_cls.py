@@ -115,9 +115,9 @@ def get_args():
         raise RequestError("--model_name is missing (see --help)")
     if args.evaluate is None:
         args.evaluate = not args.test
-    width, height = args.frame_width or args.frame_size, args.frame_height or args.frame_size
+    size = args.frame_width or args.frame_size, args.frame_height or args.frame_size
     what = args.model_name, args.weights, args.weights_key
-    args.request = Request(*what, width, height, args.transform)
+    args.request = Request(*what, *size, args.transform)
     args.given = read_tutorial(vars(args))
     if args.bgr_to_rgb is not None:
         args.given.setdefault("rgb", args.bgr_to_rgb)

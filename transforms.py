@@ -76,8 +76,8 @@ def keeps_size(transform):
 def prove(measured, paths):
     """How far get_blob's pictures are from a transform's, from the file on, in grey levels.
 
-    Returns [(mean difference, largest difference, path)], the worst last. Parts of the pictures
-    count as well, whose sizes tell a centre that is rounded from one that is floored.
+    Returns [(mean difference, largest difference, path)], the worst last, of each picture and of
+    two parts of it, whose sizes tell a centre that is rounded from one that is floored.
     """
     found, p = [], measured.preprocessing
     for path in paths:
@@ -85,13 +85,11 @@ def prove(measured, paths):
         if not np.array_equal(picture, read_pil(path)):
             print(f"{path}: left out, since Pillow reads other pixels than OpenCV")
             continue
-        differences = []
         for part in (picture, *get_parts(picture, p.resize, p)):
             pair = measured.get_result(part), run_transform(measured.transform, part)
-            differences.append(np.abs(np.subtract(*map(measured.get_levels, pair))))
-        mean = max(float(difference.mean()) for difference in differences)
-        found.append((mean, max(float(difference.max()) for difference in differences), path))
-    return sorted(found, key=lambda row: row[:2])  # a path is no tie-break: some are str
+            difference = np.abs(np.subtract(*map(measured.get_levels, pair)))
+            found.append((float(difference.mean()), float(difference.max()), str(path)))
+    return sorted(found)
 
 
 def measure_and_prove(network, size, test_picture):
@@ -131,11 +129,11 @@ def measure_and_prove(network, size, test_picture):
     if test_picture and not any(path.samefile(test_picture) for path in paths):
         paths.append(test_picture)
     found = prove(measured, paths)
-    mean, _, worst = found[-1]
+    (mean, _, worst), count = found[-1], len({path for _, _, path in found})
     how = f"mean difference {mean:.3f}, at most {max(d for _, d, _ in found):.0f} grey levels"
     if mean <= MAX_DIFFERENCE:
         swapped = "" if p.rgb else "; it takes pictures in RGB, and makes BGR of them"
-        print(f"preprocessing: the same pixels as {name} on {len(found)} pictures ({how}){swapped}")
+        print(f"preprocessing: the same pixels as {name} on {count} pictures ({how}){swapped}")
     else:
         nearest = f"--resize {' '.join(map(str, p.resize))} --interpolation {p.interpolation}"
         nearest += f" --center {p.center}"
