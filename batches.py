@@ -10,9 +10,8 @@ import cv2
 import numpy as np
 
 from classification import RequestError, get_blob, read_picture
-from preprocessing import run_transform
+from preprocessing import read_pil, run_transform
 from results import NO_ANSWER
-from transforms import read_pil
 
 
 def get_own_blob(path, preprocessing):

@@ -18,8 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from forward import find_line
 
-# Functions that read values without an operator, so that TorchDispatchMode doesn't see them.
-# torch.tensor([x.mean()]) does, too: exporters write a constant.
+# Functions that read values without an operator; torch.tensor([x.mean()]) writes a constant.
 READERS = {
     "numpy", "tolist", "item", "__array__", "__dlpack__", "apply_", "map_", "map2_",
     "__bool__", "__int__", "__index__", "__float__", "__complex__",
@@ -27,52 +26,44 @@ READERS = {
 }  # fmt: skip
 
 
-class Marks:
+class Marks(TorchDispatchMode):
     """Storages that depend on the input, and the first line that takes a value out of them."""
 
     def __init__(self, batch):
+        super().__init__()
         self.storages = WeakIdKeyDictionary()  # weak: addresses are used again
         self.mark(batch)
         self.depth = len(traceback.extract_stack())  # your frames are the later ones
         self.line = None
 
     def mark(self, values):
-        for tensor in get_tensors(values):
-            self.storages[get_storage(tensor)] = True
+        for storage in get_storages(values):
+            self.storages[storage] = True
 
     def has(self, values):
-        return any(get_storage(tensor) in self.storages for tensor in get_tensors(values))
+        return any(storage in self.storages for storage in get_storages(values))
 
     def leave(self):
         if self.line is None:
             self.line = find_line(traceback.extract_stack()[self.depth :]) or "in scripted code"
 
-
-def get_tensors(values):
-    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
-
-
-def get_storage(tensor):
-    """The memory that a tensor shares with its views; a sparse one stands for itself."""
-    return tensor.untyped_storage() if tensor.layout == torch.strided else tensor
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self, marks):
-        super().__init__()
-        self.marks = marks
-
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        marked = self.marks.has((args, kwargs))
+        marked = self.has((args, kwargs))
         result = operator(*args, **kwargs)
         if marked:
-            self.marks.mark((result, get_written(operator, args, kwargs)))
+            self.mark((result, get_written(operator, args, kwargs)))
             # item, equal, allclose ... return a number; in-place operators on lists return nothing
-            takes_value = not get_tensors(result) and tree_leaves(result) not in ([], [None])
+            takes_value = not get_storages(result) and tree_leaves(result) not in ([], [None])
             if takes_value or has_free_shape(operator, args):
-                self.marks.leave()
+                self.leave()
         return result
+
+
+def get_storages(values):
+    """The memory of tensors, which their views share; a sparse one stands for itself."""
+    tensors = (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
+    return [t.untyped_storage() if t.layout == torch.strided else t for t in tensors]
 
 
 def get_written(operator, args, kwargs):
@@ -107,7 +98,7 @@ def find_branch(model, batch):
     batch: float32 tensor (batch, 3, height, width). Raises what the network raises.
     """
     marks = Marks(batch)
-    with torch.no_grad(), Readers(marks), Operators(marks):
+    with torch.no_grad(), Readers(marks), marks:
         model(batch)
         model(batch)  # again: it may read what the first pass has left in a buffer
     return marks.line

@@ -13,6 +13,7 @@ import zipfile
 from collections import Counter, OrderedDict
 
 import numpy as np
+import torch
 
 from classification import RequestError
 
@@ -27,26 +28,26 @@ INERT = [
       for name in ("_reconstruct", "scalar") for core in ("core", "_core")),  # NumPy 1, and 2
 ]  # fmt: skip
 
-PROGRAMS = {  # {a file in their archives: (what they are, how they are loaded)}
-    "constants.pkl": ("a TorchScript archive", "torch.jit.load({!r}, 'cpu')"),
-    "archive_format": ("a torch.export program", "torch.export.load({!r})"),
-    "serialized_exported_program.json": ("a torch.export program", "torch.export.load({!r})"),
+PROGRAMS = {  # {a file in the archive of a program: how it is loaded}
+    "constants.pkl": "torch.jit.load({!r}, 'cpu')",
+    "archive_format": "torch.export.load({!r})",
+    "serialized_exported_program.json": "torch.export.load({!r})",
 }
 
+SAVE = "torch.save(model.state_dict(), FILE)"
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception v3, for training
 
 
 def read_checkpoint(path):
     """What torch.load finds in a checkpoint file; RequestError if it isn't one, or may run code."""
-    import torch
-
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             files = {name.rpartition("/")[2] for name in archive.namelist()}
-        for kind, load in (PROGRAMS[file] for file in PROGRAMS if file in files):
+        for load in (PROGRAMS[file] for file in PROGRAMS if file in files):
+            kind = "TorchScript archive" if "jit" in load else "torch.export program"
             code = f"import torch; build = lambda: {load.format(str(path))}"
             hint = f"write `{code}` to my_net.py, and give --model_name my_net:build"
-            raise RequestError(f"{path}: {kind}, a network and no state dict; {hint}")
+            raise RequestError(f"{path}: a {kind}, a network and no state dict; {hint}")
     if str(path).endswith(".safetensors") and importlib.util.find_spec("safetensors") is None:
         raise RequestError(f"{path}: to read it, pip install safetensors")
     try:
@@ -58,10 +59,8 @@ def read_checkpoint(path):
         reason = f"truncated, or another format ({type(error).__name__})"
         if types := re.findall(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"more than tensors in it, {types[0]}, could run code"
-        raise RequestError(
-            f"{path}: can't be read: {reason}; save one with torch.save(model.state_dict(), FILE), "
-            "or load it yourself in a --model_name MODULE:FUNCTION"
-        ) from None
+        hint = f"save one with {SAVE}, or load it yourself in a --model_name MODULE:FUNCTION"
+        raise RequestError(f"{path}: can't be read: {reason}; {hint}") from None
 
 
 def find_state_dict(checkpoint, wanted, path, weights_key=""):
@@ -82,29 +81,23 @@ def find_state_dict(checkpoint, wanted, path, weights_key=""):
                 found[label] = count, state, prefix
     if not found:
         keys = f", only {', '.join(map(str, checkpoint))[:100]}" if checkpoint else ""
-        raise RequestError(
-            f"{path}: no weights of this network in it{weights_key and f' under {weights_key!r}'}"
-            f"{keys}; save them with torch.save(model.state_dict(), FILE)"
-        )
+        keys = f" under {weights_key!r}{keys}" if weights_key else keys
+        raise RequestError(f"{path}: no weights of this network in it{keys}; save them with {SAVE}")
     best = max(found, key=lambda label: found[label][0])  # the first of equals
     fitting = [f"'{label}'" for label, (count, *_) in found.items() if count == len(required)]
     if len(fitting) > 1:
         names = " and ".join(fitting)
         print(f"{path}: weights in {names}: taking {fitting[0]}; --weights_key takes another")
     _, state, prefix = found[best]
-    inside, outside = OrderedDict(), []
-    for key, value in state.items():
-        name = rename(str(key).removeprefix(prefix))
-        if not str(key).startswith(prefix):
-            outside.append(str(key))
-        elif name in wanted or not name.startswith(AUXILIARY_HEADS):
-            inside[name] = value
-    if outside:
+    items = [(str(key), value) for key, value in state.items()]
+    if outside := [key for key, _ in items if not key.startswith(prefix)]:
         print(f"{path}: taking what is under '{prefix}', without {', '.join(outside)[:100]}")
+    named = ((rename(k.removeprefix(prefix)), v) for k, v in items if k.startswith(prefix))
+    named = ((k, v) for k, v in named if k in wanted or not k.startswith(AUXILIARY_HEADS))
+    inside = OrderedDict(named)
     # modules read older files by the versions in the metadata, and MNASNet demands one
-    metadata = getattr(state, "_metadata", {})
-    inside._metadata = {"": {"version": 2}}
-    inside._metadata |= {module.removeprefix(prefix): v for module, v in metadata.items()}
+    metadata = getattr(state, "_metadata", {}).items()
+    inside._metadata = {"": {"version": 2}, **{k.removeprefix(prefix): v for k, v in metadata}}
     return inside
 
 

@@ -1,9 +1,6 @@
-"""The class names that a network or a checkpoint carries, and a file of them."""
+"""The class names that a network or a checkpoint carries."""
 
-import contextlib
 import re
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
@@ -28,17 +25,5 @@ def sort_names(names):
     """The names of {class ID: name} or {name: class ID}, in the order of the IDs."""
     if all(isinstance(value, int) for value in names.values()):
         names = {value: name for name, value in names.items()}
-    return [names[key] for key in sorted(names, key=int)] if all(map(is_id, names)) else []
-
-
-def is_id(key):
-    return str(key).isdecimal()
-
-
-@contextlib.contextmanager
-def as_file(names):
-    """Yield the path of a file with a line for each name."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "classes.txt")
-        path.write_text("".join(f"{name}\n" for name in names), "utf-8")
-        yield path
+    are_ids = all(str(key).isdecimal() for key in names)
+    return [names[key] for key in sorted(names, key=int)] if are_ids else []

@@ -1,4 +1,4 @@
-"""What all scripts but the sample share: errors, files, and the preprocessing."""
+"""What all scripts but the sample share: errors, files, the request and the preprocessing."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from classification import RequestError
+from classification import RANDOM, RequestError
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 SEED = 0  # of random weights, and of the noise that networks are compared on
@@ -79,6 +79,36 @@ def remove_leftovers(folder):
             shutil.rmtree(path, ignore_errors=True)
         except (PermissionError, ValueError):  # another user's process; a file of another kind
             continue
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Which network is wanted, as --model_name, --weights and the size options say it."""
+
+    name: str  # torchvision's, or "module:function"
+    weights: str = ""  # torchvision's name, a file, "random"; "" for the default ones
+    weights_key: str = ""  # of the state dict in the file; "" for the first that fits
+    width: int | None = None  # of its pictures, px; None for its own
+    height: int | None = None
+    transform: str = ""  # the user's, "module:name"; "" for that of the network's library
+
+    @property
+    def is_own(self):
+        """Whether the network comes from your code."""
+        return ":" in self.name
+
+    @property
+    def size(self):
+        """(width, height), or None unless both are given."""
+        return (self.width, self.height) if self.width and self.height else None
+
+    @property
+    def is_random(self):
+        return self.weights.lower() == RANDOM
+
+    @property
+    def is_file(self):
+        return not self.is_random and Path(self.weights).is_file()
 
 
 @dataclasses.dataclass(frozen=True)

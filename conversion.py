@@ -13,11 +13,17 @@ from pathlib import Path
 from unittest import mock
 
 import cv2
+import onnx
+import torch
 
+from branches import find_branch
 from classification import RequestError, one_line
 from common import NetworksDisagree, remove_leftovers, whole_file
 from entries import describe_file, get_onnx_path
 from locate import locate
+from onnx_folding import fold_constants
+from onnx_rewrites import make_readable
+from onnx_speedups import speed_up
 from verify import verify
 
 MAX_ONNX_SIZE = 2**31 - 2**20  # bytes of weights, with room for the graph
@@ -68,10 +74,6 @@ def convert(network, references, allow_branches=False):
 
 def check_branches(model, sample_blob):
     """Raise RequestError if the network's code branches on the values of its input."""
-    import torch
-
-    from branches import find_branch
-
     option = "--allow_branches True converts it anyway"
     try:
         with quiet():
@@ -93,8 +95,6 @@ def export(model, path, blob_shape, dynamo):
     its graphs with fewer rewrites. The new one, dynamo, knows operators that TorchScript's lacks.
     Raises RequestError if it fails.
     """
-    import torch
-
     size = blob_shape[1:]
     if dynamo:
         # a batch of 1 would be taken for a constant
@@ -140,11 +140,6 @@ def rewrite(path, allow_branches=False):
 
     Raises RequestError if the graph has branches, or takes batches of one size only.
     """
-    import onnx
-
-    from onnx_folding import fold_constants
-    from onnx_rewrites import make_readable
-
     proto = onnx.load(path)
     branches = {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan"}
     if branches and not allow_branches:
@@ -163,8 +158,6 @@ def rewrite(path, allow_branches=False):
 
 def save(proto, path):
     """Write a ModelProto. protobuf holds at most 2 GB: larger weights go to a file PATH.data."""
-    import onnx
-
     data = Path(f"{path}.data")
     data.unlink(missing_ok=True)  # the new exporter's own
     is_large = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_ONNX_SIZE
@@ -178,10 +171,6 @@ def check_fast(path, references):
 
     If the new one isn't, the file stays as it was, and the list is empty.
     """
-    import onnx
-
-    from onnx_speedups import speed_up
-
     plain = onnx.load(path)
     if fast := speed_up(plain):
         save(fast, path)

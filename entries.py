@@ -166,9 +166,10 @@ def read_entry(path):
 def write_entry(converted, preprocessing, classes, anew=True):
     """Write the entry of a converted file into the models.yml beside it.
 
-    classes: the file of the class names, or None; it is copied beside the model, so that you can
-    move the folder. With anew=False an entry that is there says what the file is now; how it is
-    used stays, unless the network takes pictures of another size, or the number of classes changed.
+    classes: the file of the class names, or None for the network's own; it is copied beside the
+    model, so that you can move the folder. With anew=False an entry that is there says what the
+    file is now; how it is used stays, unless the network takes pictures of another size, or the
+    number of classes changed.
     """
     path, own = converted.path, converted.preprocessing
     entry, name = read_entry(path), path.stem
@@ -180,11 +181,13 @@ def write_entry(converted, preprocessing, classes, anew=True):
     if anew and name.endswith(RANDOM_SUFFIX):
         values["weights"] = RANDOM
     if anew or not has_labels(path, entry, converted.outputs):
-        copy = f"{name}_{Path(classes).name}" if classes else None
+        lines = "".join(f"{line}\n" for line in converted.get_class_names()).encode()
+        lines = Path(classes).read_bytes() if classes else lines
+        copy = f"{name}_{Path(classes or 'classes.txt').name}" if lines else None
         values |= {"classes": copy, "labels": copy}  # OpenCV 5's own samples read labels
-        if classes:
+        if lines:
             with whole_file(path.with_name(copy)) as part:
-                part.write_bytes(Path(classes).read_bytes())
+                part.write_bytes(lines)
     made_from = {"file": converted.made_from, "transform": converted.transform}
     names = ("declared", "known_classes", "class_names")
     made_from |= {name: getattr(converted, name) for name in names}

@@ -38,11 +38,10 @@ from classification import ENGINES, RequestError
 from common import NetworksDisagree, Preprocessing, get_hash, whole_file
 from label_files import MAX_SKIPPED
 from labelled_pictures import find_classes
-from networks import run_pytorch
 from processes import PROCESSES, RANK, gather
 from results import Row, write_results
 from test_config import LOGS_DIR
-from verify import MAX_RELATIVE_ERROR, Difference, run_opencv
+from verify import MAX_RELATIVE_ERROR, Difference, run_opencv, run_pytorch
 
 ROWS_VERSION = 1  # to be raised when what a row means changes: older batches aren't resumed
 ROLL_CALL = 10  # batches between checks that all processes are alive

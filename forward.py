@@ -6,6 +6,9 @@ import re
 import traceback
 from unittest import mock
 
+import torch
+from torch.nn.utils import parametrize
+
 from classification import RequestError, one_line
 from common import SCRIPT_DIR
 
@@ -18,24 +21,19 @@ WRAP = "give MODULE:FUNCTION of a module around the network that"
 
 def adapt_own(network):
     """Make the network one in float32 that returns nothing but logits; say what that changes."""
-    import torch
-    from torch.nn.utils import parametrize
-
-    model, name, preprocessing = network.model, network.request.name, network.preprocessing
+    model, name, p = network.model, network.request.name, network.preprocessing
     for module in filter(parametrize.is_parametrized, [*model.modules()]):
         for tensor in [*module.parametrizations]:  # its value is a constant now
             parametrize.remove_parametrizations(module, tensor)
-    batch = torch.randn(1, 3, preprocessing.height, preprocessing.width)
-    dtype = get_dtype(model)
+    batch, dtype = torch.randn(1, 3, p.height, p.width), get_dtype(model)
     before = get_logits(run_forward(model, batch.to(dtype)))
     with no_autocast() as dtypes:
         output = run_forward(model.float(), batch)
     if dtypes:
         model.forward = no_autocast()(model.forward)
-    if get_logits(output) is not output:
+    if (after := get_logits(output)) is not output:
         print(f"{name}: taking the `logits` of what it returns")
         model.register_forward_hook(lambda module, inputs, output: get_logits(output))
-    after = get_logits(output)
     kinds = sorted(str(kind).removeprefix("torch.") for kind in {dtype, *dtypes} - {torch.float32})
     if kinds and torch.is_tensor(after):
         change = float((after - before).abs().max() / after.abs().max())
@@ -45,8 +43,6 @@ def adapt_own(network):
 
 def get_dtype(model):
     """What a network computes in: float32, or what a half-precision one has."""
-    import torch
-
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
@@ -56,8 +52,6 @@ def no_autocast():
 
     An outer autocast(enabled=False) would lose to the network's own.
     """
-    import torch
-
     dtypes = set()
 
     def enter(autocast):
@@ -73,8 +67,6 @@ def run_forward(model, batch):
 
     If its code fails, RequestError says where, and what to do.
     """
-    import torch
-
     try:
         with torch.no_grad():
             return model(batch)
@@ -113,21 +105,24 @@ def explain(error, model, batch):
 
 
 def takes(model, batch):
-    """Whether the network can run a batch."""
-    import torch
+    """Whether the network's code runs with a batch."""
+    with contextlib.suppress(Exception, SystemExit), torch.no_grad():
+        model(batch)
+        return True
+    return False
 
-    try:
-        with torch.no_grad():
-            model(batch)
-    except Exception:
-        return False
-    return True
+
+def takes_grey(model, width, height):
+    """Whether a network's forward fails with three channels, and works with one."""
+    inputs = {m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
+    if 3 in inputs and 1 not in inputs:
+        return False  # without a pass: timm's LeViT, for one, would keep what it computes
+    batch = torch.zeros(1, 3, height, width, dtype=get_dtype(model))
+    return not takes(model, batch) and takes(model, batch[:, :1])
 
 
 def find_line(frames):
     """Your line in a stack, "FILE, line N: CODE": the last that isn't PyTorch's; "" if all are."""
-    import torch
-
     ours = str(SCRIPT_DIR / "branches.py")  # which watches yours
     others = os.path.join(os.path.dirname(torch.__file__), ""), contextlib.__file__, ours
     yours = [frame for frame in frames if not frame.filename.startswith(others)]

@@ -3,8 +3,8 @@
 The network is torchvision's or your own; its weights are torchvision's, a checkpoint file's, those
 that your function returns it with, or random.
 
-torch takes seconds to import, so functions import it where they need it: a mistyped option is
-reported at once, and a network that was converted before needs no torch at all.
+torch takes seconds to import, so scripts import this when they have read their options, and not at
+all for a network that was converted before.
 """
 
 import contextlib
@@ -20,15 +20,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves
+from torchvision import models
 
 from checkpoints import find_state_dict, read_checkpoint
 from class_names import find_class_names
 from classification import RANDOM, RequestError, one_line, scale_resize
-from common import SCRIPT_DIR, SEED, Preprocessing, get_digest, read_tutorial
+from common import SCRIPT_DIR, SEED, Preprocessing, Request, get_digest, read_tutorial
 from default_preprocess_config import PYTORCH_RSZ_HEIGHT, pytorch_resize_input_blob
-from forward import adapt_own, get_dtype, no_autocast, run_forward
+from forward import adapt_own, get_dtype, no_autocast, run_forward, takes_grey
 from preprocessing import GREY, run_transform
-from transforms import find_transform, get_own_size, is_factory, measure_and_prove
+from transforms import find_in_config, find_transform, is_factory, measure_and_prove
 
 # torchvision's: the shorter side resized to 256, the centre cut out
 IMAGENET = Preprocessing(
@@ -46,31 +49,6 @@ BUILD_OPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Request:
-    """Which network is wanted, as --model_name, --weights and the size options say it."""
-
-    name: str  # torchvision's, or "module:function"
-    weights: str = ""  # torchvision's name, a file, "random"; "" for the default ones
-    weights_key: str = ""  # of the state dict in the file; "" for the first that fits
-    width: int | None = None  # of its pictures, px; None for its own
-    height: int | None = None
-    transform: str = ""  # the user's, "module:name"; "" for that of the network's library
-
-    @property
-    def is_own(self):
-        """Whether the network comes from your code."""
-        return ":" in self.name
-
-    @property
-    def is_random(self):
-        return self.weights.lower() == RANDOM
-
-    @property
-    def is_file(self):
-        return not self.is_random and Path(self.weights).is_file()
-
-
 @dataclass
 class Network:
     """A classifier in PyTorch: float32 (batch, 3, height, width) to logits (batch, classes)."""
@@ -84,29 +62,33 @@ class Network:
     transform_name: str = ""
     published: dict = field(default_factory=dict)  # {"acc@1": %, ...} of torchvision's weights
     class_names: list = field(default_factory=list)  # that it or its checkpoint carries
+    mix: np.ndarray = None  # of a network of grey pictures: preprocessing.Measured's
 
 
 def load_network(request, or_random=True, test_picture=None):
-    """The Network of a Request.
+    """The Network of a Request; test_picture: one more for the proof of the preprocessing.
 
-    Without torchvision's weights and without a network connection it gets random weights, and
-    stderr says so; with or_random=False, or for any other reason, RequestError is raised.
-    test_picture: one more for the proof of the preprocessing.
+    If torchvision's weights can't be downloaded it gets random ones, and stderr says so, unless
+    or_random=False. Raises RequestError for that, and for whatever else can't be loaded.
     """
-    if "torch" not in sys.modules:  # it takes seconds
-        print("loading PyTorch ...", flush=True)
-    transform = load_transform(request.transform) if request.transform else None
+    network = Network(request, request.weights.lower(), None, IMAGENET)
+    if request.transform:
+        network.transform, network.transform_name = load_transform(request.transform)
     if request.is_own:
-        network = load_own(request, transform, test_picture)
+        load_own(network, test_picture)
     else:
-        network = load_torchvisions(request, or_random, transform, test_picture)
+        load_torchvisions(network, test_picture, or_random)
+    names = {"id2label": find_in_config(network.model, "id2label")}
+    network.class_names = find_class_names(vars(network.model) | names)
+    if network.mix is not None:
+        add_grey(network)
     own = network.preprocessing
     network.preprocessing = p = scale_frame(own, request.width, request.height)
     if p == own:  # the same file as without the size
         network.request = replace(network.request, width=None, height=None)
     elif request.transform:
-        problem = f"{request.transform} makes {own.width}x{own.height} pixels"
-        raise RequestError(f"--transform: {problem}; leave --frame_size out")
+        problem = f"--transform makes {own.width}x{own.height} pixels"
+        raise RequestError(f"{problem}; leave --frame_size out")
     elif network.transform:
         network.transform = None
         print(f"preprocessing: scaled to {p.width}x{p.height}, so not the transform's any more")
@@ -118,56 +100,40 @@ def load_network(request, or_random=True, test_picture=None):
     return network
 
 
-def load_torchvisions(request, or_random, transform=None, test_picture=None):
-    """The Network of a Request for one of torchvision's classifiers."""
-    name, known = request.name, get_torchvision_weights(request.name)
+def load_torchvisions(network, test_picture, or_random):
+    """Fill in the Network of a Request for one of torchvision's classifiers."""
+    request, known = network.request, get_torchvision_weights(network.request.name)
     default = next(iter(known.values()))
     entry = known.get(request.weights.upper()) if request.weights else default
-    title = request.transform or "torchvision's transforms"
-    frame = (request.width, request.height) if request.width and request.height else None
-    measured, transform = measure_and_prove(
-        transform or (entry or default).transforms(),
-        title,
-        bool(request.transform),
-        frame,
-        test_picture,
-    )
-    preprocessing = measured.preprocessing
-    build = partial(build_torchvisions, name, request.width or preprocessing.width)
-    model, weights, published = None, Path(request.weights).name, {}
+    if not network.transform:
+        network.transform = (entry or default).transforms()
+        network.transform_name = "torchvision's transforms"
+    measure_and_prove(network, request.size, test_picture)
+    build = partial(build_torchvisions, request.name, request.width or network.preprocessing.width)
     if request.is_file:
-        model = load_weights(request, build)
-        if name in BUILD_OPTIONS:
+        network.model, network.weights = load_weights(request, build), Path(request.weights).name
+        if request.name in BUILD_OPTIONS:
             note = "assuming it was trained with transform_input=True; if not, give MODULE:FUNCTION"
             print(f"NOTE: {request.weights}: {note}", file=sys.stderr)
     elif entry:
-        model = download_torchvisions(name, build, entry, or_random)
-        weights, published = entry.name, entry.meta["_metrics"]["ImageNet-1K"]
+        network.model = download_torchvisions(request.name, build, entry, or_random)
+        network.weights, network.published = entry.name, entry.meta["_metrics"]["ImageNet-1K"]
     elif not request.is_random:
         choices = ", ".join([*known, RANDOM])
         raise RequestError(f"--weights {request.weights}: not a file, and not one of {choices}")
-    if model is None:
-        request, weights, published = replace(request, weights=RANDOM), RANDOM, {}
-        model = build()
-    network = Network(
-        request, weights, model.eval(), preprocessing, True, transform, title, published,
-        find_class_names(vars(model)),
-    )  # fmt: skip
-    add_grey(network, measured.mix)
-    return network
+    if network.model is None:
+        network.request, network.published = replace(request, weights=RANDOM), {}
+        network.model, network.weights = build(), RANDOM
+    network.model.eval()
 
 
 def get_torchvision_names():
     """torchvision's classifiers: 80 in 0.29."""
-    from torchvision import models
-
     return models.list_models(module=models)
 
 
 def get_torchvision_weights(name):
     """{name: torchvision's weights} of one of its networks; the first are the default."""
-    from torchvision import models
-
     if name not in (names := get_torchvision_names()):
         near = " or ".join(difflib.get_close_matches(name, names, n=3) or [*names[:2], "..."])
         hint = f"did you mean {near}? --list_models shows all; MODULE:FUNCTION names your own"
@@ -177,23 +143,18 @@ def get_torchvision_weights(name):
 
 def build_torchvisions(name, size, **options):
     """The network for pictures of `size` px; options: torchvision's, weights or num_classes."""
-    import torch
-    from torchvision import models
-
     torch.manual_seed(SEED)
     if name.startswith("vit_"):  # it has a parameter for each patch of the picture
         options["image_size"] = size
     try:
         return models.get_model(name, **options, **BUILD_OPTIONS.get(name, {}))
     except (AssertionError, ValueError) as error:
-        reason = f"{one_line(error)}; give another --frame_size"
-        raise RequestError(f"{name} can't be made for {size}x{size} pictures: {reason}") from None
+        problem = f"{name} can't be made for {size}x{size} pictures: {one_line(error)}"
+        raise RequestError(f"{problem}; give another --frame_size") from None
 
 
 def download_torchvisions(name, build, entry, or_random):
     """The network with torchvision's weights; None if they can't be had and random ones may be."""
-    import torch
-
     path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
     # the name ends in the start of its SHA-256; torch checks that only when it downloads the file
     if path.is_file() and not get_digest(path).startswith(path.stem.rpartition("-")[2]):
@@ -210,106 +171,61 @@ def download_torchvisions(name, build, entry, or_random):
     reason = f"{name}'s weights can't be downloaded: {path.name}: {reason}"
     if not or_random:
         raise RequestError(f"{reason}: put it into {path.parent}, or give --weights {RANDOM}")
-    reason += ": continuing with RANDOM WEIGHTS, which prove the conversion just as well, but give"
-    print(f"WARNING: {reason} meaningless answers", file=sys.stderr, flush=True)
+    effect = "which prove the conversion just as well, but give meaningless answers"
+    print(f"WARNING: {reason}: continuing with RANDOM WEIGHTS, {effect}", file=sys.stderr)
     return None
 
 
-def load_own(request, transform=None, test_picture=None):
-    """The Network of a Request for "module:function"."""
+def load_own(network, test_picture):
+    """Fill in the Network of a Request for "module:function"."""
+    request, build = network.request, partial(build_own, network.request.name)
     if request.is_file:
-        model, weights = load_weights(request, partial(build_own, request.name)), request.weights
+        network.model, network.weights = load_weights(request, build), Path(request.weights).name
     elif request.weights and not request.is_random:
         raise RequestError(f"--weights {request.weights}: no such file")
     else:
-        model, weights = build_own(request.name), request.weights.lower() or "own"
-    if weights == "own":
+        network.model, network.weights = build(), RANDOM if request.is_random else "own"
+    if network.weights == "own":
         print(f"{request.name}: using the weights the function returns it with")
-    title, own_size, measured = request.transform, get_own_size(model), None
-    size = (request.width, request.height) if request.width and request.height else own_size
-    if not transform:
-        transform, title = find_transform(request.name, model)
-    if transform:
-        measured, transform = measure_and_prove(
-            transform,
-            title,
-            bool(request.transform),
-            size,
-            test_picture,
-            partial(takes_grey, model),
-        )
-    p = measured.preprocessing if measured else scale_frame(IMAGENET, *own_size or (None, None))
-    network = Network(request, Path(weights).name, model, p, measured is not None, transform, title)
-    config = getattr(model, "config", None)
-    network.class_names = find_class_names(
-        vars(model) | {"id2label": getattr(config, "id2label", None)}
-    )
-    if measured:
-        add_grey(network, measured.mix)
-    elif takes_grey(model, p.width, p.height):
-        add_grey(network, np.append(GREY, 0)[None])
-    return network
+    if size := find_in_config(network.model, "image_size"):  # or (height, width)
+        size = (size, size) if isinstance(size, int) else tuple(size)[::-1]
+        network.preprocessing = scale_frame(IMAGENET, *size)
+    if not network.transform:
+        network.transform, network.transform_name = find_transform(request.name, network.model)
+    if network.transform and measure_and_prove(network, request.size or size, test_picture):
+        return
+    network.declared, network.transform, p = False, None, network.preprocessing
+    if takes_grey(network.model, p.width, p.height):
+        network.mix = np.append(GREY, 0)[None]
 
 
 def load_transform(name):
-    """The user's transform that "module:name" names, from this folder or a package."""
-    with your_modules(f"--transform {name}"):
-        transform = import_yours("--transform", name)
-        return transform() if is_factory(transform) else transform
+    """(The user's transform that "module:name" names, the name)."""
+    with your_code("--transform", name) as found:
+        return found() if is_factory(found) else found, name
 
 
-def takes_grey(model, width, height):
-    """Whether a network's forward fails with three channels, and works with one."""
-    import torch
-
-    inputs = {m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
-    if 3 in inputs and 1 not in inputs:
-        return False  # without a pass: timm's LeViT, for one, would keep what it computes
-    for channels in (3, 1):
-        batch = torch.zeros(1, channels, height, width, dtype=get_dtype(model))
-        try:
-            with torch.no_grad():
-                model(batch)
-            return channels == 1
-        except (Exception, SystemExit):  # whatever its code raises
-            continue
-    return False
-
-
-def add_grey(network, mix):
-    """Put a 1x1 convolution that makes grey of RGB before a network, and say so.
-
-    mix: its weights for R, G and B, and its bias, (outputs, 4); None for no convolution.
-    """
-    import torch
-
-    if mix is None:
-        return
+def add_grey(network):
+    """Put the 1x1 convolution `mix`, which makes grey of RGB, before a network, and say so."""
+    theirs, model, mix = network.transform, network.model, np.float32(network.mix)
     convolution = torch.nn.Conv2d(3, len(mix), 1).requires_grad_(False)
-    weights = torch.from_numpy(np.float32(mix))
-    convolution.weight.copy_(weights[:, :3, None, None])
-    convolution.bias.copy_(weights[:, 3])
-    network.model = torch.nn.Sequential(
-        convolution.to(get_dtype(network.model)), network.model
-    ).eval()
+    convolution.weight.copy_(torch.from_numpy(mix[:, :3, None, None]))
+    convolution.bias.copy_(torch.from_numpy(mix[:, 3]))
+    network.model = torch.nn.Sequential(convolution.to(get_dtype(model)), model).eval()
     print(f"{network.request.name}: takes grey pictures: a 1x1 convolution makes them of RGB ones")
-    theirs, gain = network.transform, float(mix[0, :3].sum())
     if theirs:
         network.transform = lambda picture: np.repeat(
-            (run_transform(theirs, picture)[:1] - mix[0, 3]) / gain, 3, axis=0
+            (run_transform(theirs, picture)[:1] - mix[0, 3]) / mix[0, :3].sum(), 3, axis=0
         )
 
 
 def build_own(name):
-    """The nn.Module that "module:function" names, in eval mode, from this folder or a package.
+    """The nn.Module that "module:function" names, in eval mode; RequestError if it gives none.
 
-    What that code raises keeps its traceback. Raises RequestError if it doesn't give an nn.Module.
+    What that code raises keeps its traceback.
     """
-    import torch
-
     torch.manual_seed(SEED)
-    with your_modules(f"--model_name {name}"):
-        model = import_yours("--model_name", name)
+    with your_code("--model_name", name) as model:
         if not isinstance(model, torch.nn.Module):
             model = model()
     if isinstance(model, torch.export.ExportedProgram):
@@ -327,25 +243,15 @@ def build_own(name):
         return model.eval()
 
 
-def import_yours(option, name):
-    """What "module:name" names; `option` is where it was given. To be run in your_modules."""
+@contextlib.contextmanager
+def your_code(option, name):
+    """Yield what "module:name", given as `option`, names in this folder or a package.
+
+    Your code sees the files of this folder before ours, and not our command line.
+    """
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise RequestError(f"{option} {name}: '{module_name}' isn't the name of a module")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name.partition(".")[0]:
-            raise
-        raise RequestError(f"{option} {name}: {error} in this folder") from None
-    if not hasattr(module, attribute):
-        raise RequestError(f"{option} {name}: {module.__file__} has no {attribute}")
-    return getattr(module, attribute)
-
-
-@contextlib.contextmanager
-def your_modules(option):
-    """Run your code: with the files of this folder before ours, and without our command line."""
     files = {key: getattr(module, "__file__", None) for key, module in sys.modules.items()}
     ours = [key for key, file in files.items() if file and Path(file).parent == SCRIPT_DIR]
     hidden = {key: sys.modules.pop(key) for key in ours if key != "__main__"}
@@ -353,16 +259,20 @@ def your_modules(option):
     sys.path.insert(0, os.getcwd())
     sys.argv = argv[:1]
     try:
-        yield
+        module = importlib.import_module(module_name)
+        if not hasattr(module, attribute):
+            raise RequestError(f"{option} {name}: {module.__file__} has no {attribute}")
+        yield getattr(module, attribute)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.partition(".")[0]:
+            raise
+        raise RequestError(f"{option} {name}: {error} in this folder") from None
     except SystemExit as error:
-        problem = f"its code exits (SystemExit: {error})"
         hint = 'put what a script runs under `if __name__ == "__main__":`'
-        raise RequestError(f"{option}: {problem}; {hint}") from None
+        raise RequestError(f"{option} {name}: exits (SystemExit: {error}); {hint}") from None
     finally:
-        for file in SCRIPT_DIR.glob("*.py"):  # yours of the same name
-            loaded = getattr(sys.modules.get(file.stem), "__file__", None)
-            if loaded and Path(loaded).resolve() != file:
-                del sys.modules[file.stem]
+        for stem in {file.stem for file in SCRIPT_DIR.glob("*.py")} - files.keys():
+            sys.modules.pop(stem, None)  # yours, called like one of ours
         sys.modules.update(hidden)
         sys.path[:] = [*path, os.getcwd()]  # for what your code imports later
         sys.argv = argv
@@ -384,8 +294,6 @@ def calibrate(model, width, height):
     them. And BatchNorm gets the variances of a seeded batch, layer by layer; without them a deep
     network's logits are the same for all pictures, or grow without bound.
     """
-    import torch
-
     # from smooth to noisy, and from dark to bright, as verify.py's are
     size = (height, width)
     smooth = torch.nn.functional.interpolate(torch.randn(8, 3, 6, 6), size, mode="bilinear")
@@ -393,10 +301,9 @@ def calibrate(model, width, height):
     batch = smooth + step * torch.randn(8, 3, *size) + 4 * step - 2
 
     def set_statistics(batch_norm, inputs):
-        # The batch's variance, but a twentieth of its mean: a deep random network that subtracts
-        # the whole mean amplifies rounding errors (resnet152: to 2e-4), and errors show no better.
-        # Channels that hardly change aren't amplified either: if they are, ConvMixer's logits grow
-        # to a million, and PyTorch's float32 is 6e-3 from its own float64 (now 1e-6).
+        # A twentieth of the batch's mean: a deep random network that subtracts the whole mean
+        # amplifies rounding errors (resnet152: to 2e-4). Channels that hardly change aren't
+        # amplified: if they are, PyTorch's float32 is 6e-3 from its float64 (ConvMixer; now 1e-6).
         axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
         variance = inputs[0].var(axes)
         batch_norm.running_mean = 0.05 * inputs[0].mean(axes)
@@ -421,11 +328,8 @@ def load_weights(request, build):
     The head of torchvision's networks is sized by the file: build(num_classes=...). Raises
     RequestError if the file is damaged, holds no state dict, or another network's.
     """
-    import torch
-
-    path, model = request.weights, build().float()
+    path, model, checkpoint = request.weights, build().float(), read_checkpoint(request.weights)
     wanted = model.state_dict()
-    checkpoint = read_checkpoint(path)
     check_float(path, checkpoint)
     state = find_state_dict(checkpoint, wanted, path, request.weights_key)
     # the head is the last parameter of two or more dimensions, in all of torchvision's networks
@@ -450,26 +354,5 @@ def load_weights(request, build):
 
 def check_float(source, values):
     """Raise RequestError if there is a quantized tensor in a state dict, or in what holds one."""
-    from torch.utils._pytree import tree_leaves
-
     if any(getattr(value, "is_quantized", False) for value in tree_leaves(values)):
-        problem = "its weights are quantized, which OpenCV can't take: convert the float network"
-        raise RequestError(f"{source}: {problem} that it was made of")
-
-
-def run_pytorch(model, blob):
-    """PyTorch's logits, (batch, classes), for a float32 blob (batch, 3, height, width).
-
-    Raises RequestError if it isn't a classifier, or its code fails.
-    """
-    import torch
-
-    # a copy: a network that changes its input in place would change OpenCV's as well
-    logits = run_forward(model, torch.from_numpy(blob).clone())
-    shape = tuple(getattr(logits, "shape", ()))
-    if len(shape) != 2 or shape[0] != len(blob) or not shape[1] or logits.dtype != torch.float32:
-        found = f"{logits.dtype} of shape {shape}" if shape else type(logits).__name__
-        problem = f"forward returns {found}, not a float32 tensor of shape (batch, classes)"
-        hint = "wrap it in a module that returns the logits, and give MODULE:FUNCTION"
-        raise RequestError(f"not a classifier: {problem}; {hint}")
-    return logits.numpy()
+        raise RequestError(f"{source}: its weights are quantized: convert the float network")

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps
 
-from classification import INTERPOLATIONS, get_blob, get_centre, one_line
+from classification import INTERPOLATIONS, RequestError, get_blob, get_centre, one_line
 from common import Preprocessing
 
 GREY = np.float32([0.299, 0.587, 0.114])  # of R, G, B: Pillow's, from ITU-R BT.601
@@ -24,6 +25,7 @@ RAMP = (480, 640)  # (height, width), px
 class Measured:
     """What a transform does, as get_blob can do it."""
 
+    transform: object
     preprocessing: Preprocessing
     # Of a transform to grey: the weights for R, G and B, and the bias, of the 1x1 convolution that
     # makes its channels from a blob in 0 to 1; float32 (channels, 4)
@@ -53,13 +55,20 @@ class Measured:
         return np.tensordot(self.mix[:, :3], blob, 1) + self.mix[:, 3:, None]
 
 
+def read_pil(path):
+    """The picture as PIL reads it, in RGB, turned as its EXIF says, like read_picture's."""
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except OSError as error:
+        raise RequestError(f"Pillow: {one_line(error)}") from None
+
+
 def run_transform(transform, picture):
     """float32 (1 or 3, height, width): what a transform makes of a PIL or uint8 RGB picture.
 
     Raises ValueError if it makes anything else, or fails.
     """
-    from PIL import Image
-
     picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     try:
         result = transform(picture)
@@ -67,10 +76,9 @@ def run_transform(transform, picture):
             result = result["pixel_values"][0]
         array = np.asarray(result, np.float32)
     except Exception as error:  # whatever that code raises
-        hint = ""
+        reason = f"it fails with {type(error).__name__}: {one_line(error)[:150]}"
         if type(transform).__module__.startswith("albumentations"):
-            hint = "; wrap it: def NAME(p): return compose(image=numpy.array(p))['image']"
-        reason = f"it fails with {type(error).__name__}: {one_line(error)[:150]}{hint}"
+            reason += "; wrap it: def NAME(p): return compose(image=numpy.array(p))['image']"
         raise ValueError(reason) from None
     array = array[0] if array.ndim == 4 and len(array) == 1 else array
     if array.ndim != 3 or len(array) not in (1, 3):
@@ -88,13 +96,11 @@ def measure(transform, pictures):
     """
     measured = measure_colours(transform)
     p = measured.preprocessing
-    (width, height), reach = measure_sides(transform, measured)
+    sides, reach = measure_sides(measured)
     around = sorted(range(-reach, reach + 1), key=abs)  # the likely ones first
-    shorts = [(height + i,) for i in around]
-    blob = p.width, p.height
-    pairs = [blob]
-    if (width, height) != blob:
-        pairs = list(itertools.product((width + i for i in around), (height + i for i in around)))
+    widths, heights = ([side + i for i in around] for side in sides)
+    shorts, blob = [(height,) for height in heights], (p.width, p.height)
+    pairs = [blob] if sides == [*blob] else [*itertools.product(widths, heights)]
     ways = [*itertools.product(shorts + pairs, INTERPOLATIONS, ("round", "floor"))]
     ways += itertools.product([blob], INTERPOLATIONS, ["first"])
 
@@ -123,8 +129,7 @@ def measure_colours(transform):
     """The Measured of a transform without its resize, from pictures of one colour."""
 
     def get_flat(*rgb, width=500, height=500):
-        picture = np.full((height, width, 3), rgb, np.uint8)
-        return run_transform(transform, picture)
+        return run_transform(transform, np.full((height, width, 3), rgb, np.uint8))
 
     noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)
     first = run_transform(transform, noise)
@@ -156,7 +161,7 @@ def measure_colours(transform):
     p = Preprocessing(1 / 255, (0.0,) * 3, (), True, True, *black.shape[:0:-1])
     total = gain.sum(axis=1, keepdims=True)
     if np.abs(gain - total * GREY).max() < np.abs(total).max() / 255:  # grey is rounded to a level
-        return Measured(p, np.float32(np.column_stack([255 * total * GREY, bias])))
+        return Measured(transform, p, np.float32(np.column_stack([255 * total * GREY, bias])))
     order = np.abs(gain).argmax(axis=1)
     levels = gain[range(len(gain)), order]  # per grey level
     if len(gain) != 3 or np.abs(gain - levels[:, None] * np.eye(3)[order]).max() > limit / 255:
@@ -168,18 +173,19 @@ def measure_colours(transform):
     mean, std = np.round(-bias / levels, 4), scale / levels
     mean, std = (tuple(float(f"{v:.6g}") for v in values) for values in (mean + 0.0, std))
     std = () if std == (1.0,) * 3 else std
-    return Measured(replace(p, scale=scale, mean=mean, std=std, rgb=bool(order[0] == 0)))
+    p = replace(p, scale=scale, mean=mean, std=std, rgb=bool(order[0] == 0))
+    return Measured(transform, p)
 
 
-def measure_sides(transform, measured):
-    """((width, height) that a picture of RAMP's size is resized to, how far it may be off), px."""
+def measure_sides(measured):
+    """([width, height] that a picture of RAMP's size is resized to, how far it may be off), px."""
     sides, reach = [], 1
     # the noise spreads the ramp's rounding, and the mean over the other axis takes it out
     noise = np.random.default_rng(0).random(RAMP)
     for axis in (1, 0):  # from left to right, from top to bottom
         ramp = np.linspace(0, 254, RAMP[axis])
         picture = np.floor(np.expand_dims(ramp, 1 - axis) + noise).astype(np.uint8)
-        array = run_transform(transform, np.repeat(picture[..., None], 3, axis=2))
+        array = run_transform(measured.transform, np.repeat(picture[..., None], 3, axis=2))
         line = measured.get_levels(array).mean(axis=(1 - axis, 2))
         edge = min(2, (len(line) - 2) // 2)  # where filters have less to reach for
         line = line[edge : len(line) - edge]

@@ -20,7 +20,6 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from class_names import as_file
 from classification import (
     BLOBS,
     ENGINES,
@@ -37,15 +36,15 @@ from classification import (
     read_picture,
     run,
 )
-from common import Preprocessing, find_bundled, read_tutorial
-from conversion import convert
+from common import Preprocessing, Request, find_bundled, read_tutorial
 from entries import find_converted, write_entry
 from evaluation import evaluate, make_plan
 from labelled_pictures import get_data
-from networks import Request, get_torchvision_names, get_torchvision_weights, load_network
 from processes import LOCAL_RANK, RANK, first_process_first, join_processes
 from test_config import CLS_TEST_DATA_DIR, RESULTS_DIR, TestClsConfig, TestClsModuleConfig
 from verify import get_references
+
+NUMBERS = {"scale", "mean", "std"}  # of which OpenCV has defaults
 
 
 def model_name(text):
@@ -62,33 +61,30 @@ def get_parser():
     add = parser.add_argument
     yes_no = {"type": boolean, "metavar": "BOOL"}
     add("--model_name", type=model_name, metavar="NAME",
-        help="the network: one of --list_models, resnet50 for instance; or MODULE:FUNCTION, "
-        "a function that returns an nn.Module, in the current folder or an installed package")
+        help="one of --list_models; or MODULE:FUNCTION, which returns an nn.Module, in the current "
+        "folder or an installed package")
     add("--list_models", action="store_true",
         help="print torchvision's classifiers, their input size and their published accuracy")
     add("--test", default=False, **yes_no,
         help="test mode: run classification.py on the converted network and one picture")
     add("--evaluate", **yes_no,
-        help="evaluation mode: accuracy, inference time and L1 of both networks over labelled "
-        "pictures, the bundled ones if you have no others (default: the opposite of --test)")
+        help="evaluation mode: both networks over labelled pictures (default: not with --test)")
     add("--weights", default="", metavar="W",
-        help="the name of torchvision's weights (IMAGENET1K_V1, DEFAULT ...), a checkpoint file, "
-        "or 'random' (default: torchvision's first, or those that MODULE:FUNCTION returns)")
+        help="torchvision's name of them (IMAGENET1K_V1 ...), a checkpoint file, or 'random' "
+        "(default: torchvision's first, or those that MODULE:FUNCTION returns)")
     add("--weights_key", default="", metavar="KEY",
-        help="which state dict in a checkpoint file, model_ema for instance (default: the first "
-        "that fits)")
+        help="a state dict in the file, model_ema for instance (default: the first that fits)")
     add("--allow_branches", default=False, **yes_no,
         help="convert a network even if it branches on the values of its input (default: False)")
     add("--transform", default="", type=model_name, metavar="MODULE:NAME",
         help="your validation transform, from a PIL picture to a tensor, or a function that makes "
-        "it: it is measured (default: the transform of the network's library)")
+        "it (default: that of the network's library)")
     add("--default_img_preprocess", default=True, **yes_no,
         help="test mode: prepare the picture as the network wants it (True), or as "
         "TestClsModuleConfig says (False); options win over both (default: True)")
     add("--preprocess", choices=["own", "tutorial", "transform"], default="own",
-        help="evaluation mode: the network's own, as in test mode; the tutorial's, which cuts out "
-        "the centre of 256x256 pixels; or from end to end: the transform for PyTorch, ours for "
-        "OpenCV (default: own)")
+        help="evaluation mode: as the network wants it; the centre of 256x256 pixels, as in the "
+        "tutorial; or PyTorch's by the transform, OpenCV's by ours (default: own)")
     add("--engine", choices=["auto", *ENGINES], default="auto",
         help="evaluation mode: OpenCV's engine (default: auto, the fastest correct one)")
     add("--resume", default=True, **yes_no,
@@ -113,18 +109,15 @@ def add_config(parser, config_class, title, description=None):
 
 
 def get_args():
-    """The command line, with args.request.
-
-    Raises RequestError for options that would have no effect, or conflict.
-    """
+    """The command line, with args.request, and in args.given the Preprocessing's fields."""
     args = get_parser().parse_args()
     if not (args.model_name or args.list_models):
         raise RequestError("--model_name is missing (see --help)")
     if args.evaluate is None:
         args.evaluate = not args.test
-    width, height = args.frame_width or args.frame_size, args.frame_height or args.frame_size
+    size = args.frame_width or args.frame_size, args.frame_height or args.frame_size
     what = args.model_name, args.weights, args.weights_key
-    args.request = Request(*what, width, height, args.transform)
+    args.request = Request(*what, *size, args.transform)
     args.given = read_tutorial(vars(args))
     if args.bgr_to_rgb is not None:
         args.given.setdefault("rgb", args.bgr_to_rgb)
@@ -137,37 +130,34 @@ def get_args():
 def check_given(args):
     """Raise RequestError for options of the preprocessing that have no effect, or conflict."""
     given = {f"--{name.replace('initial_', 'rsz_')}" for name in args.given}
-    if not args.default_img_preprocess:
-        given.add("--default_img_preprocess")
+    given |= set() if args.default_img_preprocess else {"--default_img_preprocess"}
+    initial = given & {"--rsz_width", "--rsz_height"}
     is_tutorial = args.evaluate and args.preprocess == "tutorial"
     if args.transform and given:
         raise RequestError(f"--transform says how pictures are prepared: leave out {min(given)}")
-    if "--rsz_width" in given and args.default_img_preprocess and not is_tutorial:
-        hint = "--preprocess tutorial or --default_img_preprocess False"
-        raise RequestError(f"--rsz_width and --rsz_height need {hint}; --resize is for all others")
+    if len(initial) == 1:
+        raise RequestError("--rsz_width and --rsz_height go together")
+    if initial and args.default_img_preprocess and not is_tutorial:
+        needed = "--preprocess tutorial or --default_img_preprocess False"
+        raise RequestError(f"--rsz_width and --rsz_height need {needed}; else, give --resize")
     others = given & {"--resize", "--interpolation", "--center", "--crop"}
     if is_tutorial and not args.test and others:
-        problem = "--preprocess tutorial cuts the centre out of --rsz_width x --rsz_height pixels"
-        raise RequestError(f"{problem}: leave out --resize, --interpolation, --center and --crop")
-    if "--resize" in given and given & {"--rsz_width", "--crop"}:
+        hint = "leave out --resize, --interpolation, --center and --crop"
+        raise RequestError(f"--preprocess tutorial has its own centre: {hint}")
+    if "--resize" in given and given & {"--crop", *initial}:
         raise RequestError("--resize is another way than --crop and --rsz_*: leave one out")
-    if ("--rsz_width" in given) != ("--rsz_height" in given):
-        raise RequestError("--rsz_width and --rsz_height go together")
 
 
-def get_preprocessing(own, declared, args, module_config):
-    """The Preprocessing of test mode, the entry and the evaluation: the network's own, or options'.
-
-    own: the network's; declared: whether anybody says so.
-    """
-    given, base = args.given, own
-    if args.default_img_preprocess:  # the tutorial's initial size is the evaluation's alone
-        given = {name: value for name, value in given.items() if "initial" not in name}
+def get_preprocessing(about, args, module_config):
+    """The Preprocessing of a Network, or its Converted, with what the options change."""
+    given, base = args.given, about.preprocessing
     if not args.default_img_preprocess:
         fields = read_tutorial(vars(module_config))
-        base = Preprocessing(**fields, width=own.width, height=own.height)
-    elif not declared and given.keys() & {"scale", "mean", "std"}:
-        base = replace(own, scale=1.0, mean=(0.0,) * 3, std=())  # OpenCV's defaults
+        base = Preprocessing(**fields, width=base.width, height=base.height)
+    else:  # the tutorial's initial size is the evaluation's alone
+        given = {name: value for name, value in given.items() if "initial" not in name}
+        if not about.declared and given.keys() & NUMBERS:
+            base = replace(base, scale=1.0, mean=(0.0,) * 3, std=())  # OpenCV's defaults
     if given.keys() & {*BLOBS}:
         base = replace(base, resize=(), interpolation="bilinear", center="round")
     p = replace(base, **given)
@@ -195,6 +185,8 @@ def get_module_config(args):
 
 def list_models():
     """Print torchvision's classifiers; the accuracies are those of their default weights."""
+    from networks import get_torchvision_names, get_torchvision_weights
+
     print(f"{'network':20}{'resize':>8}{'input':>7}{'top-1':>9}{'top-5':>9}  weights")
     for name in get_torchvision_names():
         entry = next(iter(get_torchvision_weights(name).values()))
@@ -213,12 +205,16 @@ def get_converted(args, config, module_config, picture, names, data):
     network, plan = None, None
     converted = None if args.evaluate or args.transform else find_converted(args.request)
     if not converted or converted.transform:
+        print("loading PyTorch ...", flush=True)  # it takes seconds
+        from conversion import convert
+        from networks import load_network
+
         or_random = data is None or data.bundled
         network = load_network(args.request, or_random, module_config.input_img)
         # again: only now is it known that a download failed, or that a size is the network's own
         converted = find_converted(network.request, network)
-    references, about = [], network or converted
-    args.preprocessing = get_preprocessing(about.preprocessing, about.declared, args, module_config)
+    references = []
+    args.preprocessing = get_preprocessing(network or converted, args, module_config)
     if not converted:
         references = get_references(network.model, get_blob(picture, network.preprocessing))
     outputs = converted.outputs if converted else references[0].logits.shape[1]
@@ -241,20 +237,18 @@ def save_entry(args, module_config, converted, names):
     only_evaluates, p = args.evaluate and not args.test, args.preprocessing
     own = [] if args.classes else converted.get_class_names()
     labels = module_config.classes if len(names) == converted.outputs and not own else None
-    if not converted.declared and not args.given.keys() & {"scale", "mean", "std"}:
-        problem = f"{converted.path.stem} declares no preprocessing: assuming ImageNet's"
-        hint = "--transform or --resize, --mean, --std change it"
-        print(f"NOTE: {problem}; {hint}", file=sys.stderr)
+    name = args.model_name
+    if not converted.declared and not args.given.keys() & NUMBERS:
+        note = "assuming ImageNet's; --transform or --resize, --mean, --std change it"
+        print(f"NOTE: {name} declares no preprocessing: {note}", file=sys.stderr)
     if not converted.known_classes and labels and not args.classes:
-        problem = f"assuming that {converted.path.stem}'s classes are ImageNet's"
-        print(f"NOTE: {problem}; --classes names others")
+        print(f"NOTE: assuming that {name}'s classes are ImageNet's; --classes names others")
     if own:
         print(f"class names: the network's own, {', '.join(own)[:60]} ...")
     print(f"preprocessing: {describe(p)}")
     if only_evaluates and converted.declared:
         p = converted.preprocessing  # the options are the evaluation's, not the entry's
-    with as_file(own) as file:
-        write_entry(converted, p, file if own else labels, anew=not only_evaluates)
+    write_entry(converted, p, labels, anew=not only_evaluates)
 
 
 def run_test_module(converted, module_config):

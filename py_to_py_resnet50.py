@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 from classification import RANDOM_SUFFIX, RANDOM_WARNING, make_parser, read_lines, read_picture, run
 from common import NetworksDisagree, find_bundled, whole_file
@@ -21,8 +22,6 @@ from verify import compare
 
 def get_pytorch_onnx_model(original_model, full_model_path):
     """Export the network to ONNX: PyTorch runs it once on zeros and records the operations."""
-    import torch
-
     warnings.simplefilter("ignore", DeprecationWarning)  # dynamo=False, in PyTorch 2.9+
     torch.onnx.export(
         original_model,
@@ -70,8 +69,6 @@ def get_opencv_dnn_prediction(opencv_net, preproc_img):
 
 def get_pytorch_dnn_prediction(original_net, preproc_img):
     """Run the original network on the blob; return its logits (1, 1000)."""
-    import torch
-
     with torch.no_grad():
         return original_net(torch.from_numpy(preproc_img)).numpy()
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from classification import RequestError, one_line, read_picture
 from common import find_bundled
-from preprocessing import get_parts, measure, run_transform
+from forward import takes_grey
+from preprocessing import get_parts, measure, read_pil, run_transform
 from test_config import CLS_TEST_DATA_DIR
 
 # In grey levels, the mean over a picture. For scale: transforms of tensors, which round elsewhere,
@@ -22,15 +23,13 @@ MAX_DIFFERENCE = 0.5
 
 
 def find_transform(name, model):
-    """(the transform of PIL pictures that a network comes with, its name); (None, "") if with none.
+    """(the transform of PIL pictures that a network comes with, its name), or (None, "").
 
     That is timm's create_transform for a module with a dictionary `pretrained_cfg`, and the image
     processor of a folder from which transformers has loaded the network.
     """
-    modules = list(model.modules())
-    carriers = [m for m in modules if isinstance(getattr(m, "pretrained_cfg", None), dict)]
-    configs = [m.config for m in modules if getattr(m, "config", None) is not None]
-    folder = next((c._name_or_path for c in configs if getattr(c, "_name_or_path", "")), "")
+    carriers = [m for m in model.modules() if isinstance(getattr(m, "pretrained_cfg", None), dict)]
+    folder = find_in_config(model, "_name_or_path") or ""
     about = Path(folder, "preprocessor_config.json")
     try:
         if carriers and (carriers[0] is model or len(carriers) == 1):
@@ -51,11 +50,10 @@ def find_transform(name, model):
     return None, ""
 
 
-def get_own_size(model):
-    """(width, height) that a transformers network's config says, px; None if none does."""
-    configs = [m.config for m in model.modules() if getattr(m, "config", None) is not None]
-    size = next((c.image_size for c in configs if getattr(c, "image_size", None)), None)
-    return (size, size) if isinstance(size, int) else size and tuple(size)[::-1]
+def find_in_config(model, name):
+    """What the config of a transformers network, or of one inside a module, has by this name."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return next((value for c in configs if (value := getattr(c, name, None))), None)
 
 
 def is_factory(transform):
@@ -69,29 +67,17 @@ def is_factory(transform):
     return True
 
 
-def read_pil(path):
-    """The picture as PIL reads it, in RGB, turned as its EXIF says, like read_picture's."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except OSError as error:
-        raise RequestError(f"Pillow: {one_line(error)}") from None
-
-
 def keeps_size(transform):
     """Whether its result has exactly the picture's size, as without any resize."""
-    shapes = (64, 48), (50, 70)
-    pictures = [np.zeros((*shape, 3), np.uint8) for shape in shapes]
+    pictures = np.zeros((64, 48, 3), np.uint8), np.zeros((50, 70, 3), np.uint8)
     return all(run_transform(transform, p).shape[1:] == p.shape[:2] for p in pictures)
 
 
-def prove(transform, measured, paths):
-    """How far get_blob's pictures are from the transform's, from the file on, in grey levels.
+def prove(measured, paths):
+    """How far get_blob's pictures are from a transform's, from the file on, in grey levels.
 
-    Returns [(mean difference, largest difference, path)], the worst last. Parts of the pictures
-    count as well, whose sizes tell a centre that is rounded from one that is floored.
+    Returns [(mean difference, largest difference, path)], the worst last, of each picture and of
+    two parts of it, whose sizes tell a centre that is rounded from one that is floored.
     """
     found, p = [], measured.preprocessing
     for path in paths:
@@ -99,51 +85,57 @@ def prove(transform, measured, paths):
         if not np.array_equal(picture, read_pil(path)):
             print(f"{path}: left out, since Pillow reads other pixels than OpenCV")
             continue
-        differences = []
         for part in (picture, *get_parts(picture, p.resize, p)):
-            pair = measured.get_result(part), run_transform(transform, part)
-            differences.append(np.abs(np.subtract(*map(measured.get_levels, pair))))
-        means = [float(difference.mean()) for difference in differences]
-        found.append((max(means), float(np.max([d.max() for d in differences])), path))
-    return sorted(found, key=lambda row: row[:2])  # a path is no tie-break: some are str
+            pair = measured.get_result(part), run_transform(measured.transform, part)
+            difference = np.abs(np.subtract(*map(measured.get_levels, pair)))
+            found.append((float(difference.mean()), float(difference.max()), str(path)))
+    return sorted(found)
 
 
-def measure_and_prove(transform, name, is_users, size=None, test_picture=None, is_grey=None):
-    """(Measured, the transform as it was measured); None, None for a library's that can't be.
+def measure_and_prove(network, size, test_picture):
+    """Measure a Network's transform, and print how far get_blob is from it.
 
-    size: (width, height), px, that pictures are resized to if the transform doesn't resize.
-    is_grey: tells of a width and height whether the network takes one channel. Prints how far
-    get_blob is from it. Raises RequestError if a user's can't be measured, or get_blob is too far.
+    Returns whether a library's can be measured; the Network gets the preprocessing. Raises
+    RequestError if the user's can't be, or get_blob is too far from it. size: (width, height), px,
+    that pictures are resized to if the transform doesn't resize, or None.
     """
-    theirs, paths = transform, sorted(Path(find_bundled(CLS_TEST_DATA_DIR)).glob("*.jpg"))
+    theirs, name, request = network.transform, network.transform_name, network.request
+    paths, mode = sorted(Path(find_bundled(CLS_TEST_DATA_DIR)).glob("*.jpg")), "RGB"
+
+    def transform(picture):
+        picture = picture.resize(size, 2) if size else picture  # 2: bilinear
+        return theirs(picture.convert(mode))
+
+    def refuse(problem):
+        if request.transform:
+            raise RequestError(f"--transform {name}: {problem}")
+        print(f"NOTE: {name}: {problem}", file=sys.stderr)  # its network is right all the same
+
     try:
-        if keeps_size(transform):
-            if not size:
-                raise ValueError("it doesn't resize, so give the network's size as --frame_size")
-            transform = lambda picture: theirs(picture.resize(size, 2))  # noqa: E731 (2: bilinear)
+        if not keeps_size(theirs):
+            size = None
+        elif not size:
+            raise ValueError("it doesn't resize, so give the network's size as --frame_size")
         pictures = [np.asarray(read_pil(path)) for path in paths[:3]]
         channels, height, width = run_transform(transform, pictures[0]).shape
-        if channels == 3 and is_grey and is_grey(width, height):
-            in_colour = transform  # MNIST's, for instance, is for pictures of mode L
-            transform = lambda picture: in_colour(picture.convert("L"))  # noqa: E731
+        if channels == 3 and request.is_own and takes_grey(network.model, width, height):
+            mode = "L"  # as MNIST's pictures are
         measured, _ = measure(transform, pictures)
     except ValueError as reason:
-        if is_users:
-            raise RequestError(f"--transform {name}: {reason}") from None
-        print(f"NOTE: {name} can't be reproduced: {reason}", file=sys.stderr)
-        return None, None
+        refuse(reason)
+        return False
+    p, network.mix, network.transform = measured.preprocessing, measured.mix, transform
+    network.preprocessing = p
     if test_picture and not any(path.samefile(test_picture) for path in paths):
         paths.append(test_picture)
-    found, p = prove(transform, measured, paths), measured.preprocessing
-    mean, _, worst = found[-1]
+    found = prove(measured, paths)
+    (mean, _, worst), count = found[-1], len({path for _, _, path in found})
     how = f"mean difference {mean:.3f}, at most {max(d for _, d, _ in found):.0f} grey levels"
     if mean <= MAX_DIFFERENCE:
         swapped = "" if p.rgb else "; it takes pictures in RGB, and makes BGR of them"
-        print(f"preprocessing: the same pixels as {name} on {len(found)} pictures ({how}){swapped}")
-        return measured, transform
-    nearest = f"--resize {' '.join(map(str, p.resize))} --interpolation {p.interpolation}"
-    problem = f"no options do the same: {how}, in {worst}; the nearest: {nearest}"
-    if is_users:
-        raise RequestError(f"--transform {name}: {problem} --center {p.center}")
-    print(f"NOTE: {name}: {problem} --center {p.center}", file=sys.stderr)
-    return measured, transform
+        print(f"preprocessing: the same pixels as {name} on {count} pictures ({how}){swapped}")
+    else:
+        nearest = f"--resize {' '.join(map(str, p.resize))} --interpolation {p.interpolation}"
+        nearest += f" --center {p.center}"
+        refuse(f"no options do the same: {how}, in {worst}; the nearest: {nearest}")
+    return True

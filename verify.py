@@ -21,7 +21,6 @@ import numpy as np
 
 from classification import ENGINES, RequestError, one_line, run
 from common import SEED, NetworksDisagree
-from networks import run_pytorch
 
 # Networks disagree if max|a - b| / max|a| is above this. For scale: all of torchvision's
 # classifiers, with random weights, stay below 2e-5 on the new engine of OpenCV 5.0.0, and all but
@@ -127,6 +126,25 @@ def get_change(model, reference, factor=1):
     """How far PyTorch's answer moves if the blob is multiplied by a factor: max|a - b| / max|a|."""
     logits = run_pytorch(model, reference.blob * np.float32(factor))
     return compare(reference.logits, logits).relative
+
+
+def run_pytorch(model, blob):
+    """PyTorch's logits, (batch, classes), for a float32 blob (batch, 3, height, width).
+
+    Raises RequestError if it isn't a classifier, or its code fails.
+    """
+    import torch
+
+    from forward import run_forward
+
+    # a copy: a network that changes its input in place would change OpenCV's as well
+    logits = run_forward(model, torch.from_numpy(blob).clone())
+    shape = tuple(getattr(logits, "shape", ()))
+    if len(shape) != 2 or shape[0] != len(blob) or not shape[1] or logits.dtype != torch.float32:
+        found = f"{logits.dtype} of shape {shape}" if shape else type(logits).__name__
+        hint = "wrap it in a module that returns float32 logits of shape (batch, classes)"
+        raise RequestError(f"not a classifier: forward returns {found}; {hint}")
+    return logits.numpy()
 
 
 def run_opencv(net, blob):

@@ -93,8 +93,8 @@ def get_logits(name, folder, engine, number):
 
     from batches import get_tutorial_blob
     from classification import ENGINES
-    from networks import Request, load_network, run_pytorch
-    from verify import run_opencv
+    from networks import Request, load_network
+    from verify import run_opencv, run_pytorch
 
     network = load_network(Request(name, "random"))
     p = replace(network.preprocessing, resize=(), initial_width=256, initial_height=256)

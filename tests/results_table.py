@@ -39,7 +39,7 @@ import conversion  # noqa: E402
 import verify  # noqa: E402
 from classification import ENGINES, RequestError, get_blob, make_parser, read_picture, run  # noqa: E402
 from common import whole_file  # noqa: E402
-from networks import Request, get_torchvision_names, load_network, run_pytorch  # noqa: E402
+from networks import Request, get_torchvision_names, load_network  # noqa: E402
 
 RECORDS = Path("logs") / "results_table.jsonl"
 TABLE = ROOT / "RESULTS.md"
@@ -167,7 +167,7 @@ def measure(name, threads=1):
             loads.append(time.process_time() - start)
         record["load_s"] = min(loads)
         passes = {
-            "pytorch": functools.partial(run_pytorch, model, blob),
+            "pytorch": functools.partial(verify.run_pytorch, model, blob),
             "before": functools.partial(verify.run_opencv, read_net(plain, engine), blob),
             "after": functools.partial(verify.run_opencv, after, blob),
             "onnxruntime": make_onnxruntime(raw if raw.exists() else plain, blob, threads),
