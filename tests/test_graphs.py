@@ -162,6 +162,7 @@ SLOW = {
         lambda: Net(excite, nn.Conv2d(20, 8, 1), nn.Conv2d(8, 20, 1)), (37, 29), 1, EACH_ENGINE,
     ),
     "grouped 120 / 2": (lambda: grouped(120, 120, 2, 3, padding=1), (21, 26), 1, EACH_ENGINE),
+    "grouped 96 / 2": (lambda: grouped(96, 96, 2, 3, padding=1), (21, 26), 1, EACH_ENGINE),
     "grouped 171 -> 96": (
         lambda: grouped(171, 96, 3, 3, padding=(1, 0), bias=False), (21, 26), 1, EACH_ENGINE,
     ),
