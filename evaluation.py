@@ -8,6 +8,7 @@ threads.
 """
 
 import contextlib
+import ctypes
 import datetime
 import json
 import os
@@ -26,20 +27,12 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from batches import (
-    evaluate_batch,
-    get_own_blob,
-    get_transforms_blob,
-    get_tutorial_blob,
-    keep_large_blocks,
-    read_batch,
-)
-from classification import ENGINES, RequestError
+from classification import ENGINES, RequestError, get_blob, read_picture
 from common import NetworksDisagree, Preprocessing, get_hash, whole_file
-from label_files import MAX_SKIPPED
-from labelled_pictures import find_classes
+from labelled_pictures import MAX_SKIPPED, find_classes
+from preprocessing import read_pil, run_transform
 from processes import PROCESSES, RANK, gather
-from results import Row, write_results
+from results import NO_ANSWER, Row, write_results
 from test_config import LOGS_DIR
 from verify import MAX_RELATIVE_ERROR, Difference, run_opencv, run_pytorch
 
@@ -74,11 +67,9 @@ def make_plan(network, data, outputs, config, args):
         height = args.rsz_height or p.height * 256 // 224
         p = replace(p, resize=(), initial_width=width, initial_height=height)
         if width < p.width or height < p.height:
-            size = f"{p.width}x{p.height}"
-            raise RequestError(f"--rsz_width or --rsz_height is less than {size} pixels")
+            raise RequestError(f"--rsz_width or --rsz_height is less than {p.width}x{p.height}")
     if args.preprocess == "transform" and network.transform is None:
-        problem = "--preprocess transform compares with the network's transform"
-        raise RequestError(f"{problem}, and there is none for this size: give --transform")
+        raise RequestError("--preprocess transform needs one for this size: give --transform")
     transform = network.transform_name if args.preprocess == "transform" else ""
     channels, size = "RGB" if p.rgb else "BGR", min(config.batch_size, len(data.pictures))
     return Plan(args.preprocess, p, transform, channels, args.engine, size)
@@ -176,13 +167,14 @@ def evaluate(network, converted, data, plan, resumes=True):
     done = resume(kept, total, resumes)
     missing = [batch for batch in batches if batch[0].batch not in done]
 
-    get_ours = get_tutorial_blob if plan.preprocess == "tutorial" else get_own_blob
-    make_blobs = [partial(get_ours, preprocessing=plan.preprocessing)]
-    if plan.transform:
-        make_blobs.insert(0, partial(get_transforms_blob, transform=network.transform))
+    p = plan.preprocessing
+    make_blobs = [lambda path: get_blob(read_picture(path), p)[0]]
+    if plan.preprocess == "tutorial":
+        make_blobs = [partial(get_tutorial_blob, p=p)]
+    elif plan.transform:
+        make_blobs.insert(0, lambda path: run_transform(network.transform, read_pil(path)))
     keep_large_blocks()
-    shape = (size, 3, plan.preprocessing.height, plan.preprocessing.width)
-    buffers = [np.empty(shape, np.float32) for _ in make_blobs]
+    buffers = [np.empty((size, 3, p.height, p.width), np.float32) for _ in make_blobs]
     network.model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     net = cv2.dnn.readNetFromONNX(str(converted.path), ENGINES[plan.engine])
     networks = {"pytorch": partial(run_pytorch, network.model), "opencv": partial(run_opencv, net)}
@@ -223,13 +215,11 @@ def run_batches(batches, total, read, answer, folder):
     """
     share = batches[RANK::PROCESSES]
     turns = -(-len(batches) // PROCESSES)  # the same number in each process
-    interrupted, terminal = False, RANK == 0 and sys.stderr.isatty()
-    before, start = total - sum(map(len, batches)), time.monotonic()
-    said = start
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as workers,
-        tqdm(total=sum(map(len, share)), unit=" pictures", disable=not terminal) as bar,
-    ):
+    interrupted, before = False, total - sum(map(len, batches))
+    start = said = time.monotonic()
+    # None: shown on a terminal alone
+    bar = tqdm(total=sum(map(len, share)), unit=" pictures", disable=RANK > 0 or None)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as workers:
         for turn in range(turns):
             if turn % ROLL_CALL == 0 and any(gather(interrupted)):
                 break
@@ -245,12 +235,97 @@ def run_batches(batches, total, read, answer, folder):
             except KeyboardInterrupt:
                 interrupted = True
             now = time.monotonic()
-            if now - said >= REPORT_EVERY and not terminal:
+            if now - said >= REPORT_EVERY and bar.disable:
                 said, part = now, (turn + 1) / len(share)
                 left = datetime.timedelta(seconds=round((now - start) * (1 / part - 1)))
                 done = before + round(part * (total - before))
                 print(f"{done} of {total} pictures, {left} left", flush=True)
     return any(gather(interrupted))
+
+
+def get_tutorial_blob(path, p):
+    """(3, height, width): the true centre of the picture resized by cv2.
+
+    blobFromImage's crop would shrink the picture to the blob and cut nothing off a square.
+    """
+    size = p.initial_width, p.initial_height
+    picture = cv2.resize(read_picture(path).astype(np.float32), size)
+    top, left = (p.initial_height - p.height) // 2, (p.initial_width - p.width) // 2
+    centre = picture[top : top + p.height, left : left + p.width]
+    return get_blob(centre, replace(p, initial_width=None, initial_height=None))[0]
+
+
+def read_batch(rows, root, make_blobs, workers, buffers):
+    """(blobs, the rows of their pictures, the rows of pictures that can't be read).
+
+    make_blobs, buffers, blobs: PyTorch's and OpenCV's, or one for both. The workers read one
+    picture each into the rows of the buffers, which serve every batch: fresh memory would be
+    scattered more and more.
+    """
+
+    def read(place, row):
+        path = os.path.join(root, row.picture)
+        try:
+            for buffer, make_blob in zip(buffers, make_blobs, strict=True):
+                buffer[place] = make_blob(path)
+        except RequestError as error:
+            return row._replace(skipped=str(error))
+        return row
+
+    rows = list(workers.map(read, range(len(rows)), rows))
+    places = [place for place, row in enumerate(rows) if row.skipped is None]
+    chosen = slice(len(rows)) if len(places) == len(rows) else places
+    blobs = [buffer[chosen] for buffer in buffers]
+    return blobs, [rows[place] for place in places], [row for row in rows if row.skipped]
+
+
+def evaluate_batch(networks, blobs, rows, activation=None):
+    """The rows of a batch's pictures with both networks' answers.
+
+    networks: {"pytorch": run, "opencv": run}; blobs: theirs, or one for both, float32 (pictures, 3,
+    height, width). activation: what the networks end in, if their outputs are probabilities.
+    """
+    import torch
+
+    columns, logits = {}, {}
+    labels, places = np.array([[row.label] for row in rows]), np.arange(len(rows))
+    for blob, (name, forward) in zip((blobs[0], blobs[-1]), networks.items(), strict=True):
+        start = time.perf_counter()
+        logits[name] = forward(blob)
+        columns[f"{name}_ms"] = np.full(len(rows), 1000 * (time.perf_counter() - start) / len(rows))
+        scores = logits[name].astype(np.float64)
+        # A single output is of class 1: a logit z stands for (0, z), whose softmax is the sigmoid
+        # of z, and a probability p for (1 - p, p).
+        if scores.shape[1] == 1:
+            scores = np.hstack([1 - scores if activation else np.zeros_like(scores), scores])
+        nan = np.isnan(scores).any(axis=1)  # is no answer, and wrong
+        order = np.argsort(-scores, axis=1, kind="stable")
+        answers = np.where(nan, NO_ANSWER, order[:, 0])
+        ranks = np.where(nan, scores.shape[1], (order == labels).argmax(axis=1))
+        columns |= {f"{name}_class": answers, f"{name}_rank": 1 + ranks}
+        probabilities = scores if activation else torch.from_numpy(scores).softmax(1).numpy()
+        columns[f"{name}_probability"] = probabilities[places, order[:, 0]]
+        columns[f"{name}_label_probability"] = probabilities[places, labels[:, 0]]
+    with np.errstate(invalid="ignore"):  # inf - inf
+        difference = np.abs(logits["pytorch"].astype(np.float64) - logits["opencv"])
+    columns["l1"], columns["l_inf"] = difference.mean(axis=1), difference.max(axis=1)
+    columns["peak"] = np.abs(logits["pytorch"]).max(axis=1)
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    answers = [dict(zip(columns, value, strict=True)) for value in values]
+    return [row._replace(**answer) for row, answer in zip(rows, answers, strict=True)]
+
+
+def keep_large_blocks():
+    """Have glibc keep the memory of a layer's output for the next layer.
+
+    By default it returns blocks of that size to the kernel, and PyTorch spends up to half the time
+    of a batch of 50 in page faults, which a comparison mustn't charge it.
+    """
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def check_figures(figures, judged=True):

@@ -1,11 +1,13 @@
-"""The rows of an evaluation in; its table, figures, log and pictures (charts.py) out.
+"""The rows of an evaluation in; its table, figures, log, chart and sheet out.
 
 All figures come from the table, pictures.csv, which has a row for each picture.
 """
 
 import csv
+import io
 import json
 import textwrap
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +15,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from charts import draw, draw_times, draw_wrong
-from classification import RANDOM
+from classification import RANDOM, RequestError, one_line, read_picture
 from common import whole_file
 from verify import Difference
 
@@ -102,8 +103,8 @@ def get_notes(table, classes, weights):
     right = f"{answers[0]} of PyTorch's {len(table)} answers are right"
     for shift in (1, -1):
         if answers[shift] > max(answers[0], answers[-shift]):
-            note = f"{answers[shift]} are the label {shift:+}: are the class IDs shifted?"
-            notes.append(f"{right}, {note} They begin with 0")
+            shifted = f"{answers[shift]} are the label {shift:+}"
+            notes.append(f"{right}, {shifted}: do the class IDs begin with 0?")
     guessed = answers[0] <= len(table) * 2 / classes
     if guessed and len(table) >= 50 and classes >= 10 and weights != RANDOM:
         note = "no better than guessing: are the class IDs in the order of the training?"
@@ -183,35 +184,132 @@ def write_results(folder, rows, total, names, about):
     """
     weights, classes = about["weights"], len(names)
     figures = get_figures(rows, total, classes, weights)
-    ends = ("pictures.csv", "log.txt", "summary.json", "time.png", "wrong.png")
-    start = "partial_" if figures["partial"] else ""
-    csv_path, log, summary, chart, sheet = (folder / f"{start}{end}" for end in ends)
     title = f"{about['name']}, {'RANDOM' if weights == RANDOM else weights} weights"
     names = [*names, "nan"]  # that of NO_ANSWER
     short = [name.partition(",")[0] for name in names]  # the first of its synonyms
     table, lines = get_table(rows), get_summary(title, figures, about, short)
-    # backslashreplace: the name of a file may have bytes that aren't UTF-8
-    how = {"encoding": "utf-8", "errors": "backslashreplace"}
-    cells = [get_cells(row, names) for row in rows]
-    with whole_file(csv_path) as part, open(part, "w", newline="", **how) as file:
-        csv.writer(file).writerows([cells[0], *(row.values() for row in cells)])
-    with whole_file(log) as part:
-        part.write_text("\n".join([title, *get_log_lines(table, classes), *lines, ""]), **how)
+    cells, csv_file = [get_cells(row, names) for row in rows], io.StringIO()
+    csv.writer(csv_file).writerows([cells[0], *(row.values() for row in cells)])
     # JSON has no nan
     difference = {k: v if np.isfinite(v) else None for k, v in figures["difference"].items()}
-    with whole_file(summary) as part:
-        text = json.dumps(about | figures | {"difference": difference}, indent=2, allow_nan=False)
-        part.write_text(f"{text}\n", "utf-8")
-    lines += [f"table: {csv_path}", f"log: {log}", f"summary: {summary}"]
+    summary = about | figures | {"difference": difference}
+    start = f"{folder}/{'partial_' if figures['partial'] else ''}"
+    for what, end, text in (
+        ("table", "pictures.csv", csv_file.getvalue()),
+        ("log", "log.txt", "\n".join([title, *get_log_lines(table, classes), *lines, ""])),
+        ("summary", "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n"),
+    ):
+        with whole_file(f"{start}{end}") as part:
+            # the name of a file may have bytes that aren't UTF-8
+            part.write_text(text, "utf-8", "backslashreplace", newline="")
+        lines.append(f"{what}: {start}{end}")
     print(*lines, sep="\n", flush=True)
-    batches = np.array([batch[0] for batch in get_batches(table)])
-    times = [(batches[f"{n}_ms"], figures[n]["ms_median"], name) for n, name in NETWORKS.items()]
-    about_times = f"{title}: inference time, {len(table)} pictures"
-    draw(chart, draw_times, batches["batch"], times, about_times)
-    title = f"{title}: the surest of the wrong answers"
+    draw(Path(f"{start}time.png"), draw_times, table, figures, title)
     wrong = table[table.pytorch_rank > 1]
-    surest = wrong[np.argsort(-wrong.pytorch_probability, kind="stable")]
-    draw(sheet, draw_wrong, surest[:SHEET], about["pictures_root"], short, title)
-    for end in () if start else ends:  # the whole result is there
-        Path(folder, f"partial_{end}").unlink(missing_ok=True)
+    surest = wrong[np.argsort(-wrong.pytorch_probability, kind="stable")][:SHEET]
+    draw(Path(f"{start}wrong.png"), draw_wrong, surest, about["pictures_root"], short, title)
+    if not figures["partial"]:
+        for path in folder.glob("partial_*"):
+            path.unlink(missing_ok=True)
     return figures
+
+
+def draw(path, function, *args):
+    """Draw a PNG. What can't be drawn is left out with a line: the figures are written already."""
+    try:
+        import matplotlib
+
+        path.unlink(missing_ok=True)  # an older one
+        with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of each letter that no font has
+            function(path, *args)
+    except Exception as error:  # whatever matplotlib raises
+        print(f"{path}: left out: {type(error).__name__}: {one_line(error)}")
+
+
+def draw_times(path, table, figures, title):
+    """Draw the inference time of each batch, and the median."""
+    # Figure, not pyplot: it needs no display and no choice of a backend
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="batch", ylabel="ms per picture")
+    title = f"{title}: inference time, {len(table)} pictures"
+    axes.set_title("\n".join(textwrap.wrap(title, 80)))
+    batches = np.array([batch[0] for batch in get_batches(table)])
+    for color, (name, network) in zip(("C0", "C1"), NETWORKS.items(), strict=True):
+        median = figures[name]["ms_median"]
+        label = f"{network}: median {median:.2f} ms"
+        axes.plot(batches["batch"], batches[f"{name}_ms"], color, marker=".", label=label)
+        axes.axhline(median, color=color, linestyle="--", linewidth=1)
+    axes.set_ylim(bottom=0, top=1.15 * axes.get_ylim()[1])
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=120)
+    print(f"chart: {path}")
+
+
+def draw_wrong(path, rows, root, names, title):
+    """Draw the pictures of these rows with the names of their labels and of PyTorch's answers."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = []
+    for row in rows:
+        answer = f"PyTorch: {100 * row.pytorch_probability:.0f} %, {names[row.pytorch_class]}"
+        captions = [row.picture, f"label: {names[row.label]}", answer]
+        captions = ["".join(c if c.isprintable() else "?" for c in text) for text in captions]
+        try:
+            shown.append((read_picture(Path(root, row.picture)), captions))
+        except RequestError as error:  # deleted meanwhile, for instance
+            print(f"{path}: left out: {error}")
+    if not shown:
+        return
+    letters = "".join(text for _, captions in shown for text in captions)
+    matplotlib.rcParams["font.family"] = find_fonts(path, letters)
+    lines = -(-len(shown) // 4)
+    figure = Figure(figsize=(12, 0.6 + 3.6 * lines), dpi=100, layout="constrained")
+    title = f"{title}: the surest of the wrong answers"
+    figure.suptitle("\n".join(textwrap.wrap(title, 90)), fontsize=14)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for place, (picture, captions) in enumerate(shown, 1):
+        zoom = 400 / max(picture.shape)
+        size = [max(1, round(zoom * side)) for side in picture.shape[1::-1]]
+        axes = figure.add_subplot(lines, 4, place, box_aspect=1, xticks=[], yticks=[])
+        axes.set_frame_on(False)
+        axes.imshow(cv2.resize(picture, size, interpolation=cv2.INTER_AREA)[:, :, ::-1])
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_xlabel("\n".join(shorten(text, renderer) for text in captions), fontsize=10)
+    with whole_file(path) as part:
+        figure.savefig(part)
+    print(f"wrong pictures: {path}")
+
+
+def find_fonts(path, letters):
+    """Families of installed fonts that have all the letters; it's said if the PNG lacks some."""
+    from matplotlib.font_manager import fontManager, get_font
+
+    missing, families = set(map(ord, letters)), []
+    for font in sorted(fontManager.ttflist, key=lambda font: font.name != "DejaVu Sans"):
+        found = missing and missing & get_font(font.fname).get_charmap().keys()
+        if found and not font.name.startswith("Last Resort"):  # which has a box for everything
+            families.append(font.name)
+            missing -= found
+    if missing:
+        hint = "install one (fonts-noto-cjk has Chinese, Japanese and Korean)"
+        print(f"{path}: no installed font has U+{min(missing):04X} ...: {hint}")
+    return families
+
+
+def shorten(text, renderer, limit=280):
+    """The text without its middle, so that a caption is at most `limit` px wide."""
+    from matplotlib.font_manager import FontProperties
+
+    font, short, kept = FontProperties(size=10), text, len(text)
+    while renderer.get_text_width_height_descent(short, font, False)[0] > limit:
+        kept -= 1
+        short = f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
+    return short

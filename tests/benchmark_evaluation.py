@@ -91,8 +91,8 @@ def get_logits(name, folder, engine, number):
     """Both networks' logits as py_to_py_cls.py has them, (2, number, classes)."""
     import torch
 
-    from batches import get_tutorial_blob
     from classification import ENGINES
+    from evaluation import get_tutorial_blob
     from networks import Request, load_network
     from verify import run_opencv, run_pytorch
 

@@ -26,8 +26,6 @@ from PIL import Image
 from torchvision import models
 from torchvision.transforms import v2
 
-import batches
-import charts
 import conversion
 import evaluation
 import results
@@ -314,7 +312,7 @@ def test_tutorials_blob():
     transforms = v2.Compose([v2.CenterCrop(224), normalize])
     expected = transforms(torch.from_numpy(rgb).permute(2, 0, 1)).numpy()
     tutorials = replace(IMAGENET, resize=(), initial_width=256, initial_height=256)
-    blob = batches.get_tutorial_blob(PICTURES / "koala.jpg", tutorials)
+    blob = evaluation.get_tutorial_blob(PICTURES / "koala.jpg", tutorials)
     assert blob.dtype == np.float32
     assert np.abs(blob - expected).max() < 1e-5
 
@@ -481,8 +479,8 @@ def test_a_sheet_of_odd_pictures_and_names(grey, folder):
 def test_what_cannot_be_drawn(grey, folder, monkeypatch):
     """It costs a line: the figures are written and printed before."""
     monkeypatch.setattr(results, "draw_times", lambda *_: 1 / 0)
-    read = charts.read_picture
-    monkeypatch.setattr(charts, "read_picture", lambda path: read(path.with_name("gone.png")))
+    read = results.read_picture
+    monkeypatch.setattr(results, "read_picture", lambda path: read(path.with_name("gone.png")))
     output = get_output(grey([("a.png", 3, 3), ("b.png", 4, 3)]))
     assert output.index("top-1 accuracy") < output.index("time.png: left out: ZeroDivisionError")
     assert re.search("wrong.png: left out: .*gone.png", output)

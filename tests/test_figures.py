@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import batches
 import entries
 import evaluation
 import results
@@ -36,7 +35,7 @@ def clock(monkeypatch):
     """A clock that stands still until a test moves it: clock.now, in seconds."""
     clock = SimpleNamespace(now=100.0)
     clock.perf_counter = lambda: clock.now
-    monkeypatch.setattr(batches, "time", clock)
+    monkeypatch.setattr(evaluation, "time", clock)
     return clock
 
 
@@ -53,7 +52,7 @@ def rows(logits, clock):
         networks = {name: lambda blob, n=name, f=forward: f(n) for name in logits}
         numbers = list(range(11))[batch]
         todo = [results.Row(n, f"{n}.jpg", 0, batch=i, warm_up=i == 0) for n in numbers]
-        rows += batches.evaluate_batch(networks, [None], todo)
+        rows += evaluation.evaluate_batch(networks, [None], todo)
     return rows
 
 
@@ -100,7 +99,7 @@ def test_disagreements_name_the_picture():
     logits = {"pytorch": np.float32([[1, 0], [1, 0]]), "opencv": np.float32([[1, 0], [0, 1]])}
     networks = {name: lambda blob, name=name: logits[name] for name in logits}
     todo = [results.Row(i, f"{i}.jpg", 0, batch=0, warm_up=True) for i in range(2)]
-    rows = batches.evaluate_batch(networks, [None], todo)
+    rows = evaluation.evaluate_batch(networks, [None], todo)
     assert [(row.pytorch_rank, row.opencv_rank) for row in rows] == [(1, 1), (1, 2)]
     figures = results.get_figures(rows, 2, 2, "own")
     assert figures["disagreements"] == [("1.jpg", 0, 1)]
