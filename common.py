@@ -50,7 +50,7 @@ def whole_file(path):
     file can't be written.
     """
     path = Path(path)
-    prefix = f".{path.name}{get_mark(os.getpid())}"
+    prefix = f".{path.name}.{platform.node()}.{os.getpid()}."  # for remove_leftovers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder:
@@ -63,18 +63,12 @@ def whole_file(path):
         raise RequestError(f"{path}: can't be written: {error.strerror or error}") from None
 
 
-def get_mark(process):
-    """What the hidden folder of a process has in its name; processes are numbered by machine."""
-    return f".{platform.node()}.{process}."
-
-
 def remove_leftovers(folder):
     """Remove the hidden folders of whole_file whose process was killed, but none that runs."""
     # on Windows, os.kill would end the process
-    for path in Path(folder).glob(f".*{get_mark('*')}*") if os.name == "posix" else ():
-        process = path.name.rpartition(get_mark("")[:-1])[2].partition(".")[0]
+    for path in Path(folder).glob(f".*.{platform.node()}.*.*") if os.name == "posix" else ():
         try:
-            os.kill(int(process), 0)  # signal 0 only asks whether it is there
+            os.kill(int(path.name.split(".")[-2]), 0)  # signal 0 only asks whether it is there
         except ProcessLookupError:
             shutil.rmtree(path, ignore_errors=True)
         except (PermissionError, ValueError):  # another user's process; a file of another kind

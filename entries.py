@@ -127,12 +127,11 @@ def find_converted(request, network=None):
     path = get_onnx_path(request)
     entry = read_entry(path)
     try:
-        made_from = dict(entry["made_from"])
-        file = [entry[key] for key in ("load_info", "engines", "outputs")]
-        file += [entry.get("activation"), made_from.pop("file")]
-        about = made_from | {"preprocessing": read_preprocessing(made_from["preprocessing"])}
-        about |= {name: is_true(about[name]) for name in ("declared", "known_classes")}
-        found = Converted(path, *file, **about | (describe_network(network) if network else {}))
+        about = {key: entry[key] for key in ("load_info", "engines", "outputs")}
+        about |= {"path": path, "activation": entry.get("activation")} | entry["made_from"]
+        about["made_from"] = about.pop("file")
+        about["preprocessing"] = read_dataclass(Preprocessing, about["preprocessing"])
+        found = read_dataclass(Converted, about | (describe_network(network) if network else {}))
         damaged = not found.engines or not {*found.engines} <= ENGINES.keys()
         damaged = damaged or not found.outputs > 0
     except (KeyError, TypeError, ValueError, AttributeError):  # there is none, or it lacks a key
@@ -145,16 +144,11 @@ def find_converted(request, network=None):
     return found
 
 
-def read_preprocessing(values):
-    """The Preprocessing in an entry; cv2 reads tuples as lists."""
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    switches = [field.name for field in fields(Preprocessing) if field.type is bool]
-    return Preprocessing(**values | {name: is_true(values[name]) for name in switches})
-
-
-def is_true(value):
-    """Whether an entry says true: cv2 reads it as 1, in OpenCV 4 as "true"."""
-    return value in (1, "true")
+def read_dataclass(kind, values):
+    """A dataclass from an entry, in which cv2 reads true as 1, in OpenCV 4 as "true"."""
+    types = {field.name: field.type for field in fields(kind)}
+    read = {bool: lambda value: value in (1, "true"), tuple: tuple}
+    return kind(**{name: read.get(types[name], lambda v: v)(v) for name, v in values.items()})
 
 
 def read_entry(path):
@@ -172,15 +166,15 @@ def write_entry(converted, preprocessing, classes, anew=True):
     number of classes changed.
     """
     path, own = converted.path, converted.preprocessing
-    entry, name = read_entry(path), path.stem
+    entry, name, values = read_entry(path), path.stem, {}
     about = [entry.get(key) for key in ("model", "width", "height")]
-    anew = anew or about != [path.name, own.width, own.height]
-    values = {"model": path.name, "sample": ZOO_SAMPLE} | asdict(preprocessing) if anew else {}
-    if anew and not preprocessing.resize:
-        values |= dict.fromkeys(PILLOWS)
-    if anew and name.endswith(RANDOM_SUFFIX):
-        values["weights"] = RANDOM
-    if anew or not has_labels(path, entry, converted.outputs):
+    if anew := anew or about != [path.name, own.width, own.height]:
+        values = {"model": path.name, "sample": ZOO_SAMPLE} | asdict(preprocessing)
+        values |= {} if preprocessing.resize else dict.fromkeys(PILLOWS)
+        values["weights"] = RANDOM if name.endswith(RANDOM_SUFFIX) else None
+    old = path.parent / str(entry.get("labels"))
+    fits = old.is_file() and len(read_lines(old)) == converted.outputs
+    if anew or ("labels" in entry and not fits):
         lines = "".join(f"{line}\n" for line in converted.get_class_names()).encode()
         lines = Path(classes).read_bytes() if classes else lines
         copy = f"{name}_{Path(classes or 'classes.txt').name}" if lines else None
@@ -188,21 +182,14 @@ def write_entry(converted, preprocessing, classes, anew=True):
         if lines:
             with whole_file(path.with_name(copy)) as part:
                 part.write_bytes(lines)
-    made_from = {"file": converted.made_from, "transform": converted.transform}
-    names = ("declared", "known_classes", "class_names")
-    made_from |= {name: getattr(converted, name) for name in names}
+    about = asdict(converted)
+    names = ("transform", "declared", "known_classes", "class_names")
+    made_from = {"file": converted.made_from} | {name: about[name] for name in names}
     made_from["preprocessing"] = {key: v for key, v in asdict(own).items() if v is not None}
-    values |= {"load_info": converted.load_info, "outputs": converted.outputs}
-    values |= {"engine": converted.engines[0], "engines": converted.engines}
-    values |= {"activation": converted.activation, "made_from": made_from}
+    values |= {key: about[key] for key in ("load_info", "outputs", "engines", "activation")}
+    values |= {"engine": converted.engines[0], "made_from": made_from}
     change_entry(path.with_name(ZOO_NAME), name, values, anew)
     print(f"{path.with_name(ZOO_NAME)}: python classification.py {name}")
-
-
-def has_labels(path, entry, outputs):
-    """Whether the class names of a file's entry, if it has any, are those of so many outputs."""
-    file = path.parent / str(entry.get("labels", ""))
-    return "labels" not in entry or (file.is_file() and len(read_lines(file)) == outputs)
 
 
 def change_entry(zoo, name, values, anew):
@@ -211,16 +198,14 @@ def change_entry(zoo, name, values, anew):
     None is a key that the entry doesn't have. All else stays as it is, letter for letter.
     """
     text = zoo.read_text("utf-8") if zoo.exists() else "%YAML:1.0\n---\n"
-    text = re.sub(r"^\.\.\.\s*\Z", "", text, flags=re.M)  # nothing may follow YAML's end mark
+    # nothing may follow YAML's end mark
+    text = re.sub(r"^\.\.\.\s*\Z", "", text, flags=re.M).rstrip() + "\n"
     # it ends with its last indented line: what follows a blank line or a comment may be its own
-    entry = rf"^({re.escape(name)} *:.*\n?)((?:(?:[ \t]*\n|#.*\n)*[ \t]+\S.*\n?)*)"
-    before, title, lines, after = text, f"{name}:\n", "", ""
-    if found := re.search(entry, text, flags=re.M):
-        before, after = text[: found.start()], text[found.end() :]
-    if found and found[2] and not anew:
-        title, lines = found[1], f"{found[2].rstrip()}\n"
-    else:
-        before, after = f"{(before + after).rstrip()}\n", ""
+    entry = rf"(?m)^{re.escape(name)} *:.*\n((?:(?:[ \t]*\n|#.*\n)*[ \t]+\S.*\n)*)"
+    if anew or not re.search(entry, text):
+        text = f"{re.sub(entry, '', text).rstrip()}\n{name}:\n"
+    found = re.search(entry, text)
+    lines = found[1]
     indent = re.match(r"(?:[ \t]*\n|#.*\n)*([ \t]*)", lines)[1] or "  "
     for key, value in values.items():
         # JSON is YAML, but cv2 doesn't take keys in quotes
@@ -231,5 +216,5 @@ def change_entry(zoo, name, values, anew):
         start, end = old.span() if old else (len(lines), len(lines))
         lines = lines[:start] + line + lines[end:]
     with whole_file(zoo) as part:
-        part.write_text(f"{before}{title}{lines}{after}", "utf-8")
+        part.write_text(text[: found.start(1)] + lines + text[found.end(1) :], "utf-8")
         read_zoo(part)

@@ -9,7 +9,8 @@ import pytest
 from conftest import PICTURES, ROOT, check_one_line, get_output, read_answer
 
 from classification import read_zoo
-from entries import Converted, read_preprocessing, write_entry
+from common import Preprocessing
+from entries import Converted, read_dataclass, write_entry
 from networks import IMAGENET
 from verify import EACH_ENGINE
 
@@ -206,7 +207,7 @@ def test_other_peoples_entries_stay_as_they_are(tmp_path):
     made_from = read_zoo(path)["net"]["made_from"]
     assert made_from["file"] == "1"
     assert (made_from["declared"], made_from["known_classes"]) == (1, 0)
-    assert read_preprocessing(made_from["preprocessing"]) == IMAGENET
+    assert read_dataclass(Preprocessing, made_from["preprocessing"]) == IMAGENET
     write_entry(converted, IMAGENET, None)
     assert path.read_text("utf-8") == text
 
