@@ -27,6 +27,7 @@ from onnx_speedups import speed_up
 from verify import verify
 
 MAX_ONNX_SIZE = 2**31 - 2**20  # bytes of weights, with room for the graph
+ANYWAY = "--allow_branches True converts it anyway"
 
 
 class NotConvertible(RequestError):
@@ -74,18 +75,15 @@ def convert(network, references, allow_branches=False):
 
 def check_branches(model, sample_blob):
     """Raise RequestError if the network's code branches on the values of its input."""
-    option = "--allow_branches True converts it anyway"
     try:
         with quiet():
             line = find_branch(model, torch.from_numpy(sample_blob).clone())
     except (Exception, SystemExit) as error:  # of code that ran without the modes that watch it
         reason = f"{type(error).__name__}: {one_line(error)[:100]}"
-        raise RequestError(f"can't tell whether the network branches: {reason}; {option}") from None
+        raise RequestError(f"can't tell whether the network branches: {reason}; {ANYWAY}") from None
     if line:
-        raise RequestError(
-            f"the network branches on its input ({line}), and its file would be wrong for pictures "
-            f"that take another branch: use torch.where instead; {option}"
-        )
+        problem = f"the network branches on its input ({line}), of which a file has one side only"
+        raise RequestError(f"{problem}: use torch.where instead; {ANYWAY}")
 
 
 def export(model, path, blob_shape, dynamo):
@@ -123,11 +121,10 @@ def quiet():
     # A failing export prints pages of its graph, because setup_onnx_logging switches that on
     # whether it was on or not (seen with PyTorch 2.14 and 2.15): so disarm the switch.
     with (
-        warnings.catch_warnings(),
+        warnings.catch_warnings(action="ignore"),
         mock.patch("torch._C._jit_set_onnx_log_enabled"),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:
             yield
@@ -143,11 +140,9 @@ def rewrite(path, allow_branches=False):
     proto = onnx.load(path)
     branches = {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan"}
     if branches and not allow_branches:
-        problem = f"the exported graph branches ({', '.join(branches)}: is it scripted?)"
-        raise RequestError(
-            f"{problem}, and can be verified on one side only: use torch.where; "
-            "--allow_branches True converts it anyway"
-        )
+        problem = f"the graph branches ({', '.join(branches)}: is it scripted?), "
+        problem += "and can be verified on one side only"
+        raise RequestError(f"{problem}: use torch.where instead; {ANYWAY}")
     for value in (proto.graph.input[0], proto.graph.output[0]):
         if not value.type.tensor_type.shape.dim[0].dim_param:
             raise NotConvertible("the file takes one batch size only: does forward loop over it?")

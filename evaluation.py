@@ -1,10 +1,9 @@
 """The pictures' way through both networks, for py_to_py_cls.py; results.py makes figures of it.
 
 Each evaluation has a folder of its own, logs/NAME_SET_HASH; the hash is of all that the figures
-depend on. While it runs, the rows of each batch are kept in a file of their own in its folder. So a
-run that was killed and resumed ends with the figures of one that was never stopped, and several
-processes end with those of one, as long as PyTorch's rounding doesn't depend on its number of
-threads.
+depend on. While it runs, the rows of each batch are kept there, in a file. So a run that was killed
+and resumed ends with the figures of one that was never stopped, and several processes with those of
+one, if PyTorch's rounding doesn't depend on its number of threads.
 """
 
 import contextlib
@@ -163,9 +162,8 @@ def evaluate(network, converted, data, plan, resumes=True):
     folder = get_folder(converted, data, key)
     kept, total, size = folder / "batches", len(data.pictures), plan.batch_size
     rows = [Row(i, *picture, batch=i // size) for i, picture in enumerate(data.pictures)]
-    batches = [rows[first : first + size] for first in range(0, total, size)]
     done = resume(kept, total, resumes)
-    missing = [batch for batch in batches if batch[0].batch not in done]
+    missing = [rows[i : i + size] for i in range(0, total, size) if i // size not in done]
 
     p = plan.preprocessing
     make_blobs = [lambda path: get_blob(read_picture(path), p)[0]]

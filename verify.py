@@ -105,20 +105,15 @@ def get_references(model, sample_blob):
         spread = np.ptp(logits, axis=0).max()
     # > and not "not <=", which would let nan and inf pass
     if not spread > MAX_RELATIVE_ERROR * np.abs(logits).max():
-        raise RequestError(
-            "PyTorch's own outputs are nan, inf, or the same for every picture, and prove nothing: "
-            "check the weights and the preprocessing"
-        )
+        problem = "outputs are nan, inf, or the same for every picture, and prove nothing"
+        raise RequestError(f"PyTorch's own {problem}: check the weights and the preprocessing")
     change = get_change(model, references[0])
     if not change <= MAX_RELATIVE_ERROR:
-        raise RequestError(
-            f"PyTorch's own answer changes from run to run, by {change:.1e}: is dropout left on?"
-        )
+        problem = f"changes from run to run, by {change:.1e}"
+        raise RequestError(f"PyTorch's own answer {problem}: is dropout left on?")
     if not moves[0] <= MAX_MOVE:
-        raise RequestError(
-            "PyTorch's own answer to the picture hangs on rounding, and proves nothing: changing "
-            f"the picture by 1e-06 moves it by {moves[0]:.1e}; check the weights and preprocessing"
-        )
+        problem = f"hangs on rounding: changing the picture by 1e-06 moves it by {moves[0]:.1e}"
+        raise RequestError(f"PyTorch's own answer {problem}; check the weights and preprocessing")
     return steady
 
 
