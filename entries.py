@@ -175,18 +175,16 @@ def write_entry(converted, preprocessing, classes, anew=True):
     old = path.parent / str(entry.get("labels"))
     fits = old.is_file() and len(read_lines(old)) == converted.outputs
     if anew or ("labels" in entry and not fits):
-        lines = "".join(f"{line}\n" for line in converted.get_class_names()).encode()
-        lines = Path(classes).read_bytes() if classes else lines
+        lines = read_lines(classes) if classes else converted.get_class_names()
         copy = f"{name}_{Path(classes or 'classes.txt').name}" if lines else None
         values |= {"classes": copy, "labels": copy}  # OpenCV 5's own samples read labels
         if lines:
             with whole_file(path.with_name(copy)) as part:
-                part.write_bytes(lines)
-    about = asdict(converted)
-    names = ("transform", "declared", "known_classes", "class_names")
-    made_from = {"file": converted.made_from} | {name: about[name] for name in names}
+                part.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    facts, keys = asdict(converted), ("transform", "declared", "known_classes", "class_names")
+    made_from = {"file": converted.made_from} | {key: facts[key] for key in keys}
     made_from["preprocessing"] = {key: v for key, v in asdict(own).items() if v is not None}
-    values |= {key: about[key] for key in ("load_info", "outputs", "engines", "activation")}
+    values |= {key: facts[key] for key in ("load_info", "outputs", "engines", "activation")}
     values |= {"engine": converted.engines[0], "made_from": made_from}
     change_entry(path.with_name(ZOO_NAME), name, values, anew)
     print(f"{path.with_name(ZOO_NAME)}: python classification.py {name}")

@@ -150,9 +150,8 @@ def resume(batches, total, is_wanted):
 def evaluate(network, converted, data, plan, resumes=True):
     """Run both networks over the pictures and write the results.
 
-    Resumes a stopped run with the same key. Raises NetworksDisagree if the networks do,
-    RequestError if too many pictures can't be read, and on Ctrl-C KeyboardInterrupt, after writing
-    the results so far as partial.
+    Resumes a stopped run with the same key. Raises NetworksDisagree, RequestError if too many
+    pictures can't be read, and on Ctrl-C KeyboardInterrupt, after writing the results so far.
     """
     import torch
 
