@@ -126,8 +126,7 @@ class Preprocessing:
 def read_tutorial(values):
     """{field: value} of Preprocessing from the tutorial's {name: value}; None is left out.
 
-    It calls initial_width rsz_width. The frame's size, of which a network is made, is left out as
-    well: it's in networks.Request.
+    It calls initial_width rsz_width. The frame's size is left out as well: it's in the Request.
     """
     named = {name.replace("rsz_", "initial_"): value for name, value in values.items()}
     return {

@@ -47,8 +47,7 @@ def get_data(config, args, names):
     if not label_file:
         find_pictures(data)
     if not data.pictures:
-        path, classes = label_file or find_label_file(data.root), index_classes(names)
-        data.pictures, data.named = read_label_file(path, data.root, classes)
+        read_label_file(data, label_file or find_label_file(data.root))
     return data
 
 
@@ -100,14 +99,11 @@ def find_label_file(root):
     return found.popitem()[1]
 
 
-def read_label_file(path, root, classes):
-    """([(picture, class ID)] of a label file, in its order; a label that is a name, or "").
-
-    classes: {name: class ID}.
-    """
+def read_label_file(data, path):
+    """Put the pictures of a label file into the Data, in its order."""
+    root, classes, found, lines = data.root, index_classes(data.names), {}, 0
     # Kaggle's names have no suffix
     stems = {Path(f).stem: f for f in os.listdir(root) if f.lower().endswith(PICTURES)}
-    found, lines, named = {}, 0, ""
     for number, text in enumerate(map(str.strip, read_lines(path)), 1):
         options = [(text, None, None, "")]  # name, picture, class ID, label
         for name, label, others in split_line(text):
@@ -124,7 +120,7 @@ def read_label_file(path, root, classes):
         if other != class_id:
             problem = f"{picture} is class {other} in line {first}, and {class_id} in line {number}"
             raise RequestError(f"{path}: {problem}")
-        named = named or ("" if label.isdecimal() else label)
+        data.named = data.named or ("" if label.isdecimal() else label)
     if len(found) < lines:
         print(f"NOTE: {path}: {lines - len(found)} lines repeat others, and count once")
     missing = [name for name in found if not os.path.isfile(os.path.join(root, name))]
@@ -133,7 +129,7 @@ def read_label_file(path, root, classes):
         raise RequestError(f"{path}: {problem}: {missing[0]}; {A_LINE}")
     if not found:
         raise RequestError(f"{path}: no pictures in it; {A_LINE}")
-    return [(picture, class_id) for picture, (class_id, _) in found.items()], named
+    data.pictures = [(picture, class_id) for picture, (class_id, _) in found.items()]
 
 
 def split_line(text):
@@ -177,8 +173,7 @@ def find_classes(data, outputs):
         names = resolve_folders(data, names, count)
     picture, highest = max(data.pictures, key=lambda item: item[1])
     if highest >= count:
-        problem = f"{picture} has class ID {highest}"
-        raise RequestError(f"{problem}, but the network's classes are 0 to {count - 1}")
+        raise RequestError(f"{picture} has class ID {highest}, the network has 0 to {count - 1}")
     data.names = names or [f"class {i}" for i in range(count)]
 
 
