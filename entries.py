@@ -44,7 +44,6 @@ class Converted:
     activation: str | None  # "softmax" or "sigmoid", if the outputs are probabilities
     made_from: str  # SHA-256 of all that it was made from
     preprocessing: Preprocessing  # the network's own
-    transform: str  # your --transform that it was measured on, "" for the library's
     declared: bool  # whether somebody says how it wants its pictures
     known_classes: bool  # whether it's known which ones they are, or doesn't matter
     class_names: list  # that it carries
@@ -74,10 +73,15 @@ def get_alias(name):
     return name if name[:1].isalpha() or name.startswith("_") else f"_{name}"
 
 
-def get_made_from(request):
-    """SHA-256 of all that a converted file depends on: request, versions, and our own code."""
+def get_made_from(request, network=None):
+    """SHA-256 of all that a converted file depends on: request, versions, and our own code.
+
+    network: of a request with a --transform, whose size and greyscale are in the file.
+    """
     about = asdict(request) | {"opencv": cv2.__version__}
-    del about["transform"]  # which is about pictures
+    if request.transform:
+        p, mix = network.preprocessing, network.mix
+        about["transform"] = [p.width, p.height, mix if mix is None else mix.tolist()]
     about["weights"] = get_digest(request.weights) if request.is_file else request.weights.lower()
     about |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnx")}
     for script in (path for name in SCRIPTS for path in SCRIPT_DIR.glob(f"{name}.py")):
@@ -101,7 +105,7 @@ def describe_file(network, file, engines, references):
     if outputs.min() >= 0 and outputs.max() <= 1:
         adds_up = np.allclose(outputs.sum(axis=1), 1, atol=1e-3)
         activation = "softmax" if adds_up else "sigmoid"
-    made_from = get_made_from(network.request)
+    made_from = get_made_from(network.request, network)
     file = path, load_info, engines, outputs.shape[1], activation, made_from
     return Converted(*file, **describe_network(network))
 
@@ -110,7 +114,6 @@ def describe_network(network):
     """What a Converted says about the network itself."""
     return {
         "preprocessing": network.preprocessing,
-        "transform": network.request.transform,
         "declared": network.declared,
         "known_classes": bool(network.published) or network.request.is_random,
         "class_names": network.class_names,
@@ -136,7 +139,7 @@ def find_converted(request, network=None):
         damaged = damaged or not found.outputs > 0
     except (KeyError, TypeError, ValueError, AttributeError):  # there is none, or it lacks a key
         return None
-    if damaged or found.made_from != get_made_from(request):
+    if damaged or found.made_from != get_made_from(request, network):
         return None
     if found.load_info != get_load_info(path):  # last: it reads the whole file
         return None
@@ -181,7 +184,7 @@ def write_entry(converted, preprocessing, classes, anew=True):
         if lines:
             with whole_file(path.with_name(copy)) as part:
                 part.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    facts, keys = asdict(converted), ("transform", "declared", "known_classes", "class_names")
+    facts, keys = asdict(converted), ("declared", "known_classes", "class_names")
     made_from = {"file": converted.made_from} | {key: facts[key] for key in keys}
     made_from["preprocessing"] = {key: v for key, v in asdict(own).items() if v is not None}
     values |= {key: facts[key] for key in ("load_info", "outputs", "engines", "activation")}

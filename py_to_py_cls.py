@@ -204,7 +204,7 @@ def get_converted(args, config, module_config, picture, names, data):
     """
     network, plan = None, None
     converted = None if args.evaluate or args.transform else find_converted(args.request)
-    if not converted or converted.transform:
+    if not converted:
         print("loading PyTorch ...", flush=True)  # it takes seconds
         from conversion import convert
         from networks import load_network
@@ -246,6 +246,11 @@ def save_entry(args, module_config, converted, names):
     if own:
         print(f"class names: the network's own, {', '.join(own)[:60]} ...")
     print(f"preprocessing: {describe(p)}")
+    own = vars(converted.preprocessing)
+    if converted.declared and (changed := [k for k, v in vars(p).items() if v != own[k]]):
+        print(
+            f"preprocessing: {', '.join(changed)} as you say, not as the network's transform does"
+        )
     if only_evaluates and converted.declared:
         p = converted.preprocessing  # the options are the evaluation's, not the entry's
     write_entry(converted, p, labels, anew=not only_evaluates)

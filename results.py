@@ -137,6 +137,8 @@ def get_summary(title, figures, about, names):
         lines.append(f"{label:44}" + "".join(f"{figures[name][key]:17.2f}" for name in NETWORKS))
     lines += [f"published by torchvision: {k} {value} %" for k, value in about["published"].items()]
     lines.append(f"pictures: {about['pictures_root']}, channels in the order {about['channels']}")
+    if about["preprocess"] == "tutorial":
+        lines.append("prepared as in the tutorial, not as the network's own are: another accuracy")
     if about["transform"]:
         lines.append(f"PyTorch's are prepared by {about['transform']}, OpenCV's by cv2 and NumPy:")
         lines.append("the differences from end to end are reported, and not judged")

@@ -134,7 +134,7 @@ def test_the_fastest_engine_is_taken(monkeypatch, tmp_path, fastest):
     engines, failures = verify.verify(tmp_path / "x.onnx", [("picture", None, None)])
     assert engines[0] == fastest and len(engines) == 2 and not failures
 
-    about = 10, None, "", IMAGENET, "", True, True, []
+    about = 10, None, "", IMAGENET, True, True, []
     converted = entries.Converted(tmp_path / "x.onnx", {}, engines, *about)
     assert evaluation.choose_engine(converted, "auto") == fastest
     assert evaluation.choose_engine(converted, "new") == "new"
@@ -194,6 +194,7 @@ def test_the_sheet_shows_the_surest_first(tmp_path, rows, monkeypatch):
     monkeypatch.setattr(results, "draw", lambda path, function, *args: drawn.append((path, args)))
     about = {"weights": "own", "name": "x", "published": {}, "pictures_root": "", "channels": ""}
     about |= {"threads": {}, "processes": 1, "engine": "new", "transform": "", "threshold": None}
+    about["preprocess"] = "own"
     results.write_results(tmp_path / "a", rows, 15, ["a"] * 30, about)
     (_, _), (path, (surest, *_)) = drawn
     expected = sorted((i for i in range(15) if i != 3), key=lambda i: -(7 * i % 15))[:12]
@@ -205,7 +206,7 @@ def test_a_summary_fits_into_100_columns(tmp_path, rows, capsys, monkeypatch):
     monkeypatch.setattr(results, "draw", lambda *_: None)
     about = {"weights": "w" * 90, "name": "n" * 90, "published": {"acc@1": 50}, "pictures_root": ""}
     about |= {"threads": {"PyTorch": 2}, "processes": 2, "engine": "new", "transform": "t"}
-    about |= {"threshold": None, "channels": "RGB"}
+    about |= {"threshold": None, "channels": "RGB", "preprocess": "transform"}
     results.write_results(tmp_path, rows, 11, [str(i) for i in range(30)], about)
     lines = capsys.readouterr().out.splitlines()
     table = lines[: next(i for i, line in enumerate(lines) if line.startswith("pictures: "))]

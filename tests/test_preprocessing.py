@@ -316,3 +316,16 @@ def test_transforms_that_are_refused(run, folder, options, words):
     result = run("py_to_py_cls.py", "--model_name", *options.split(), "--evaluate", "False")
     check_one_line(result, *words.split(" ... "))
     assert not (folder / "models").exists()
+
+
+def test_a_file_is_for_the_size_of_your_transform(run, folder):
+    """Another transform's size is another file, under the same name."""
+    text = MINE.replace("T.Resize(40), T.CenterCrop(32)", "T.Resize(80), T.CenterCrop(64)")
+    (folder / "mine.py").write_text(MINE)
+    (folder / "larger.py").write_text(text)
+    options = ["--model_name", "squeezenet1_1", "--weights", "random", "--evaluate", "False"]
+    for module, size, found in (("mine", 32, False), ("larger", 64, False), ("larger", 64, True)):
+        result = run("py_to_py_cls.py", *options, "--transform", f"{module}:transform")
+        assert ("reused" in get_output(result)) == found
+        assert f"width {size}, height {size}" in result.stdout
+        get_output(run("classification.py", "squeezenet1_1-random", "--input", KOALA))
