@@ -245,12 +245,12 @@ def save_entry(args, module_config, converted, names):
         print(f"NOTE: assuming that {name}'s classes are ImageNet's; --classes names others")
     if own:
         print(f"class names: the network's own, {', '.join(own)[:60]} ...")
-    print(f"preprocessing: {describe(p)}")
-    own = vars(converted.preprocessing)
-    if converted.declared and (changed := [k for k, v in vars(p).items() if v != own[k]]):
-        print(
-            f"preprocessing: {', '.join(changed)} as you say, not as the network's transform does"
-        )
+    if not args.test:  # which prints it as well
+        print(f"preprocessing: {describe(p)}")
+    theirs = vars(converted.preprocessing)
+    changed = [key for key, value in vars(p).items() if value != theirs[key]]
+    if converted.declared and changed:
+        print(f"preprocessing: the network's own but for {', '.join(changed)}, as you say")
     if only_evaluates and converted.declared:
         p = converted.preprocessing  # the options are the evaluation's, not the entry's
     write_entry(converted, p, labels, anew=not only_evaluates)
