@@ -34,7 +34,7 @@ def test_entry_of_a_converted_network(run, start, folder, weights):
     assert classes.read_bytes() == (PICTURES / "imagenet_classes.txt").read_bytes()
     engines, made_from = entry.pop("engines"), entry.pop("made_from")
     assert sorted(engines) == sorted(EACH_ENGINE)
-    assert made_from["file"] and len(made_from) == 6
+    assert made_from["file"] and len(made_from) == 5
     sha1 = hashlib.sha1((folder / "models" / f"{name}.onnx").read_bytes()).hexdigest()
     assert entry == {
         "load_info": {"sha1": sha1},
@@ -198,7 +198,7 @@ def test_other_peoples_entries_stay_as_they_are(tmp_path):
     after = 'é.net:\n  load_info:\n    url: "true"\n  list: [ {x: 1}, {y: 2} ]\n'
     path = tmp_path / "models.yml"
     path.write_text(before + after, "utf-8")
-    about = {"sha1": "0"}, ["new"], 1000, None, "1", IMAGENET, "", True, False, []
+    about = {"sha1": "0"}, ["new"], 1000, None, "1", IMAGENET, True, False, []
     converted = Converted(tmp_path / "net.onnx", *about)
     write_entry(converted, IMAGENET, None)
     text = path.read_text("utf-8")
