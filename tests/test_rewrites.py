@@ -140,7 +140,7 @@ def test_files_without_a_wrong_node(tmp_path):
     assert locate(path, "new").startswith("none: for these pictures OpenCV")
 
 
-@pytest.mark.parametrize("engine", ["new", "classic"])
+@pytest.mark.parametrize("engine", EACH_ENGINE)
 def test_a_node_that_opencv_cannot_read_is_found_without_its_values(tmp_path, engine):
     """onnx would take minutes for them."""
     node = "output = DeformConv(input, kernels, offsets)"
