@@ -379,6 +379,8 @@ NORM = "nn.utils.parametrizations."
     [
         f"net.fc = {NORM}weight_norm(net.fc)",
         f"net.conv, net.fc = map({NORM}spectral_norm, (net.conv, net.fc))",
+        # hooks: what they compute from weights alone is folded in the graph
+        "net.conv, net.fc = map(nn.utils.weight_norm, (net.conv, net.fc))",
         f"{NORM}orthogonal(net.fc)",
         "nn.utils.parametrize.register_parametrization(net.conv, 'weight', nn.Softmax(1))",
     ],
