@@ -40,14 +40,12 @@ AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception
 
 def read_checkpoint(path):
     """What torch.load finds in a checkpoint file; RequestError if it isn't one, or may run code."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            files = {name.rpartition("/")[2] for name in archive.namelist()}
-        for load in (PROGRAMS[file] for file in PROGRAMS if file in files):
-            kind = "TorchScript archive" if "jit" in load else "torch.export program"
-            code = f"import torch; build = lambda: {load.format(str(path))}"
-            hint = f"write `{code}` to my_net.py, and give --model_name my_net:build"
-            raise RequestError(f"{path}: a {kind}, a network and no state dict; {hint}")
+    files = get_members(path)
+    for load in (PROGRAMS[file] for file in PROGRAMS if file in files):
+        kind = "TorchScript archive" if "jit" in load else "torch.export program"
+        code = f"import torch; build = lambda: {load.format(str(path))}"
+        hint = f"write `{code}` to my_net.py, and give --model_name my_net:build"
+        raise RequestError(f"{path}: a {kind}, a network and no state dict; {hint}")
     if str(path).endswith(".safetensors") and importlib.util.find_spec("safetensors") is None:
         raise RequestError(f"{path}: to read it, pip install safetensors")
     try:
@@ -61,6 +59,15 @@ def read_checkpoint(path):
             reason = f"more than tensors in it, {types[0]}, could run code"
         hint = f"save one with {SAVE}, or load it yourself in a --model_name MODULE:FUNCTION"
         raise RequestError(f"{path}: can't be read: {reason}; {hint}") from None
+
+
+def get_members(path):
+    """The names of the files in a zip archive; none if it isn't one, or is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.rpartition("/")[2] for name in archive.namelist()}
+    except Exception:  # zipfile raises half a dozen types; torch.load says what is wrong
+        return set()
 
 
 def find_state_dict(checkpoint, wanted, path, weights_key=""):
