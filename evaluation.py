@@ -265,7 +265,7 @@ def read_batch(rows, root, make_blobs, workers, buffers):
         try:
             for buffer, make_blob in zip(buffers, make_blobs, strict=True):
                 buffer[place] = make_blob(path)
-        except RequestError as error:
+        except (RequestError, ValueError) as error:  # ValueError: run_transform's
             return row._replace(skipped=str(error))
         return row
 
