@@ -125,9 +125,11 @@ def measure(name, threads=1):
         def rewrite(path, *options):
             """conversion.rewrite; keeps the graph as it is exported, and before the speed-ups."""
             shutil.copy(path, raw)
+            if (data := Path(f"{path}.data")).exists():  # the new exporter's weights
+                shutil.copy(data, folder)
             conversion_rewrite(path, *options)
             shutil.copy(path, plain)
-            if (data := Path(f"{path}.data")).exists():  # over 2 GB
+            if data.exists():  # over 2 GB
                 shutil.copy(data, f"{plain}.data")
                 raw.unlink()
 
