@@ -147,13 +147,9 @@ def get_constants(prefix, **names):
 
 
 # What this build of OpenCV has, by the names of its samples. OpenCV 4's one engine has none.
-ENGINES = get_constants("ENGINE_")
-ENGINES.pop("auto", None)  # which takes one of the others
+ENGINES = {n: v for n, v in get_constants("ENGINE_").items() if n in ("new", "classic")}
 BACKENDS = get_constants("DNN_BACKEND_", INFERENCE_ENGINE="openvino")
 TARGETS = get_constants("DNN_TARGET_", MYRIAD="ncs2_vpu", HDDL="hddl_vpu")
-# OpenCV 5.0.0 names ENGINE_ORT in every build; without ONNX Runtime it warns and takes auto
-if not re.search("ONNX Runtime: +YES", cv2.getBuildInformation()):
-    ENGINES.pop("ort", None)
 
 
 def make_parser(docstring):
@@ -195,7 +191,7 @@ def get_parser():
     add = parser.add_argument
     add("alias", nargs="?", metavar="NAME", help="entry of models.yml; options win over it")
     add("--zoo", metavar="FILE", help="the file with the entries [models/models.yml or models.yml]")
-    text = "the model (.onnx), pictures, folders, videos, URLs, cameras [a bundled picture]"
+    text = "the .onnx model, pictures, folders, videos, URLs, cameras [a bundled picture]"
     add("--input", nargs="+", action="extend", default=[], metavar="FILE", help=text)
     add("--model", default="", metavar="FILE", help="the model, if it isn't among --input")
     add("--config", type=check_name, metavar="FILE", help="a Caffe model's .prototxt, in OpenCV 4")
@@ -206,8 +202,7 @@ def get_parser():
     add = parser.add_argument_group("size, as PyTorch's pipelines make it").add_argument
     size = {"type": positive_int, "metavar": "PX"}
     add("--resize", **size, nargs="+", help="the shorter side, or width and height [no resize]")
-    text = "Pillow's, torch's nearest-exact, or cv2's [bilinear]"
-    add("--interpolation", choices=INTERPOLATIONS, default="bilinear", help=text)
+    add("--interpolation", choices=INTERPOLATIONS, default="bilinear", help="[bilinear]")
     text = "where to cut: torchvision's round, transformers' floor, or before the resize [round]"
     add("--center", choices=CENTERS, default="round", help=text)
     add = parser.add_argument_group("preprocessing, of blobFromImage").add_argument
@@ -239,11 +234,6 @@ def get_args():
         raise RequestError(f"{len(models)} models: name one .onnx file, --input MODEL.onnx PICTURE")
     zoo, name, entry = find_entry(args.alias, args.zoo, *models)
     given = {key for key in TORCHVISION if getattr(args, key) is not None}
-    if args.resize and given & {*BLOBS}:
-        raise RequestError("--resize is another way than --crop and --initial_*: leave one out")
-    for values, where in ((vars(args), ""), (entry, f"{zoo}: {name}: ")):
-        if (values.get("initial_width") is None) != (values.get("initial_height") is None):
-            raise RequestError(f"{where}--initial_width and --initial_height go together")
     values = entry or ({} if given & {"scale", "mean", "std"} else TORCHVISION)
     unwanted = PILLOWS if given & {*BLOBS} else ()
     options = [""]  # NAME's place, which the fourth number of a mean would take
@@ -286,6 +276,10 @@ def scale_resize(resize, before, after):
 
 def check_preprocessing(p, given=()):
     """RequestError for options that would be wrong without a word; given: on the command line."""
+    if "resize" in given and {*given} & {*BLOBS}:
+        raise RequestError("--resize is another way than --crop and --initial_*: leave one out")
+    if (p.initial_width is None) != (p.initial_height is None):
+        raise RequestError("--initial_width and --initial_height go together")
     if p.resize and len(p.resize) > 2:
         raise RequestError("--resize takes the shorter side, or a width and a height")
     resize = p.resize or [1]
@@ -312,21 +306,21 @@ def find_entry(alias, zoo, model=None):
     """
     beside = Path(__file__).resolve().parent
     folders = [Path("models"), Path(), beside / "models", beside] if alias else [Path(model).parent]
-    paths = [Path(zoo)] if zoo else [folder / ZOO_NAME for folder in folders]
-    wanted, names = alias or Path(model).name, {}
-    for path in paths if zoo else filter(Path.is_file, paths):
+    paths = [folder / ZOO_NAME for folder in folders if (folder / ZOO_NAME).is_file()]
+    wanted, names = alias or Path(model).name, []
+    for path in [Path(zoo)] if zoo else paths:
         for name, entry in read_zoo(path).items():
             if wanted == (name if alias else entry.get("model")):
                 return path, name, entry
-            names[name] = path
-    where = ", ".join(map(str, paths))
-    if not (alias or zoo):
-        if paths[0].is_file():
-            note = f"{where} has no entry for {wanted}: assuming the preprocessing below"
-            print(f"NOTE: {note}, and no class names but those of --classes", file=sys.stderr)
-        return Path(), "", {}
-    known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
-    raise RequestError(f"no entry '{wanted}' in {where}: {known} (pictures go after --input)")
+            names.append(name)
+    where = zoo or ", ".join(map(str, paths)) or ZOO_NAME
+    if alias or zoo:
+        known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
+        raise RequestError(f"no entry '{wanted}' in {where}: {known} (pictures go after --input)")
+    if paths:
+        note = f"{where} has no entry for {wanted}: assuming the preprocessing below"
+        print(f"NOTE: {note}, and no class names but those of --classes", file=sys.stderr)
+    return Path(), "", {}
 
 
 def find_file(name, entry, folder=""):
@@ -385,16 +379,15 @@ def read_lines(path):
 
 
 def expand_sources(names):
-    """Yield (name, kind) of each input; of a folder, its pictures'."""
+    """Yield (name, kind) of each input; a folder stands for its pictures."""
     for name in names:
-        if not os.path.isdir(name):
-            yield name, get_kind(name)
-            continue
-        files = [file for file in os.listdir(name) if file.lower().endswith(PICTURES)]
-        files = [os.path.join(name, file) for file in sorted(files) if file[0] != "."]
+        files = [name]
+        if os.path.isdir(name):
+            files = [f for f in os.listdir(name) if f.lower().endswith(PICTURES) and f[0] != "."]
+            files = [os.path.join(name, file) for file in sorted(files)]
         if not files:
             raise RequestError(f"{name}: no picture in this folder")
-        yield from ((file, "picture") for file in files)
+        yield from ((file, get_kind(file)) for file in files)
 
 
 def get_kind(name):
@@ -405,11 +398,10 @@ def get_kind(name):
     """
     if not os.access(name, os.R_OK):  # "!": of a GStreamer pipeline
         return "camera" if name.isdecimal() else "video" if re.search("://|[%!]", name) else ""
+    is_picture = Path(name).is_fifo()
     with contextlib.suppress(InputError, cv2.error):  # OpenCV 4's wheels know OpenEXR, but raise
-        is_file = os.path.isfile(name)
-        if Path(name).is_fifo() or (is_file and cv2.haveImageReader(check_name(name))):
-            return "picture"
-    return "video"
+        is_picture |= os.path.isfile(name) and cv2.haveImageReader(check_name(name))
+    return "picture" if is_picture else "video"
 
 
 def read_frames(name, kind):

@@ -6,7 +6,6 @@ import hashlib
 import http.server
 import os
 import re
-import runpy
 import select
 import shutil
 import signal
@@ -67,15 +66,6 @@ def test_a_backend_needs_the_classic_engine(classify, monkeypatch):
     result = classify(KOALA, "--backend", "opencv")
     check_one_line(result, "--backend opencv", "classic engine", "--engine new")
     assert read_answer(classify(KOALA)) == read_answer(classify(KOALA, "--engine", "new"))
-
-
-@pytest.mark.parametrize("said", ["YES (ver 1.25.1)", "NO"])
-def test_onnx_runtime_is_offered_where_it_is(monkeypatch, said):
-    """OpenCV 5.0.0 names the engine in every build, and takes another one without a word."""
-    build = re.sub(r"(ONNX Runtime: +)NO", rf"\g<1>{said}", cv2.getBuildInformation())
-    monkeypatch.setattr(cv2, "getBuildInformation", lambda: build)
-    engines = runpy.run_path(str(ROOT / "classification.py"))["ENGINES"]
-    assert ("ort" in engines) == said.startswith("YES")
 
 
 def test_opencv_sample_defaults_if_pixel_values_are_given(run, model, small):

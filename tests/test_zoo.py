@@ -143,7 +143,7 @@ def test_entry_of_opencvs_samples(run, zoo):
     [
         (["face"], ["models.yml", "no entry 'face'"]),
         (["koala.jpg"], ["no entry 'koala.jpg'", "--input"]),
-        (["half"], ["models.yml: half: --initial_width", "go together"]),
+        (["half"], ["--initial_width and --initial_height go together"]),
         (["net", "--initial_width", "256"], ["initial_width", "go together"]),
         (["odd"], ["models.yml: odd: error: argument --mean: invalid finite value: ' x'"]),
         (["two"], ["models.yml: two: error: argument --width", "'a'"]),
