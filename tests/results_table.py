@@ -119,14 +119,15 @@ def measure(name, threads=1):
     record |= {"input": network.preprocessing.width, "engines": {}}
     with tempfile.TemporaryDirectory() as folder:
         name = conversion.get_onnx_path(network.request).name
-        raw, plain = Path(folder, "raw.onnx"), Path(folder, "plain", name)
+        raw, plain = Path(folder, "raw", name), Path(folder, "plain", name)
+        raw.parent.mkdir()
         plain.parent.mkdir()
 
         def rewrite(path, *options):
             """conversion.rewrite; keeps the graph as it is exported, and before the speed-ups."""
             shutil.copy(path, raw)
             if (data := Path(f"{path}.data")).exists():  # the new exporter's weights
-                shutil.copy(data, folder)
+                shutil.copy(data, raw.parent)
             conversion_rewrite(path, *options)
             shutil.copy(path, plain)
             if data.exists():  # over 2 GB
