@@ -73,7 +73,7 @@ SAVED_PICTURES = (".png", ".jpg", ".jpeg")  # of results
 SAVED_VIDEOS = {".mp4": "mp4v", ".avi": "MJPG"}  # and their codecs
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
-WINDOW = "Classification with OpenCV DNN"
+WINDOW = "Classification with OpenCV DNN: q or Esc ends it, any other key continues"
 
 
 class Terminated(BaseException):
@@ -219,9 +219,8 @@ def get_parser():
 def get_args():
     """The options of the command line, else of the network's entry in models.yml, args.entry."""
     parser = get_parser()
-    # None for what isn't on the command line
     args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(TORCHVISION)))
-    given = {key: value for key, value in vars(args).items() if value is not None}
+    given = {k: v for k, v in vars(args).items() if v is not None}  # without the defaults
     models = [item for item in args.input if item.lower().endswith(".onnx")]
     models += [args.model] if args.model else []
     if len(models) > 1 or not (models or args.alias):
@@ -726,8 +725,6 @@ def main():
     jobs = list(zip(sources, get_output_paths(sources, args, window), strict=True))
     net = read_net(args)
     print(f"preprocessing: {describe(args)}")
-    if window:
-        print("keys in the window: q or Esc ends the program, any other key continues")
     code, answered = 0, False
     for number, (source, output) in enumerate(jobs, 1):
         seconds = 1 if number < len(jobs) else np.inf  # as in OpenCV 5's sample

@@ -730,8 +730,7 @@ def in_window(folder, env, execute, model, display):
 @pytest.mark.parametrize("key", ["x", "q", "Escape", None])
 def test_a_picture_is_shown_until_a_key_or_the_close_button(in_window, folder, key):
     shown = in_window(KOALA)
-    lines = shown.read_until("saved")
-    assert sum(line.startswith("keys in the window: q or Esc") for line in lines) == 1
+    shown.read_until("saved")
     assert (folder / "results" / "koala_small.jpg").is_file()
     assert shown.is_silent()
     shown.press(key)
@@ -769,7 +768,7 @@ def test_a_video_is_shown(in_window, folder):
 def test_nothing_is_shown_if_you_say_so(execute, model, display):
     command = [sys.executable, ROOT / "classification.py", "--input", model, PICTURES]
     output = get_output(execute(*command, "--show", "False", DISPLAY=display))
-    assert output.count("saved") == 12 and "keys in the window" not in output
+    assert output.count("saved") == 12
 
 
 def test_ctrl_c_with_a_window(in_window):
