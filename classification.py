@@ -6,10 +6,10 @@ It needs nothing but cv2 and NumPy, so you can copy it anywhere by itself:
     python classification.py --input resnet50.onnx 0        # camera 0
     python classification.py resnet50 --input cat.jpg       # as models.yml says
 
-models.yml says what each network needs; its entry is found by NAME or by the
-model file. Without an entry, pictures are prepared as torchvision's ImageNet
-networks expect them: --resize 256, the centre 224x224. If you give --scale,
---mean or --std, everything you leave out has the defaults of OpenCV's samples.
+A network's entry in models.yml is found by NAME or by the model file. Without
+one, pictures are prepared as torchvision's ImageNet networks expect them:
+--resize 256, the centre 224x224. If you give --scale, --mean or --std,
+everything you leave out has the defaults of OpenCV's samples.
 
 --resize makes the pixels of PyTorch's pipelines with Pillow 13. OpenCV decodes
 what Pillow does, except 16-bit grey pictures, RGBA TIFF and CMYK JPEG; this
@@ -32,15 +32,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-# In the project that this file comes from.
-BUNDLED_PICTURE = Path(__file__).resolve().parent / "test_data" / "cls" / "red_panda.jpg"
+BUNDLED_PICTURE = Path(__file__).resolve().parent / "test_data/cls/red_panda.jpg"
 
 ZOO_NAME = "models.yml"
 ZOO_SAMPLE = "classification"  # the `sample` of the entries that are for this program
 
-# What torchvision's ImageNet networks expect, with pixel values from 0 to 255:
-# https://docs.pytorch.org/vision/stable/models.html. This file travels alone, so the numbers are
-# here as well as in default_preprocess_config.py; a test compares them.
+# What torchvision's ImageNet networks expect, with pixel values from 0 to 255; a test compares it
+# with default_preprocess_config.py. https://docs.pytorch.org/vision/stable/models.html
 TORCHVISION = {
     "scale": 1 / 255, "mean": [123.675, 116.28, 103.53], "std": [0.229, 0.224, 0.225],
     "rgb": True, "crop": True, "width": 224, "height": 224,
@@ -65,8 +63,7 @@ CENTERS = ("round", "floor", "first")
 RANDOM, RANDOM_SUFFIX = "random", "-random"  # an entry's `weights`; the end of a file's name
 RANDOM_WARNING = "RANDOM WEIGHTS: this answer means nothing"
 
-# What OpenCV's wheels read as 8 bits, 4.10 without .avif and .gif. Not .exr, which they leave out,
-# nor .pfm, whose values from 0 to 1 they would round.
+# What OpenCV's wheels read, 4.10 without .avif and .gif. Not .pfm: its 0 to 1 would be rounded.
 PICTURES = (
     ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".hdr", ".j2c", ".j2k", ".jfif", ".jp2",
     ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pam", ".pbm", ".pgm", ".pic", ".png",
@@ -76,10 +73,7 @@ SAVED_PICTURES = (".png", ".jpg", ".jpeg")  # of results
 SAVED_VIDEOS = {".mp4": "mp4v", ".avi": "MJPG"}  # and their codecs
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
-WINDOW = "Classification with OpenCV DNN"
-# X11's codes of modifiers, which OpenCV 5.0.0 with Qt reports as key presses: Shift, Control,
-# Caps Lock, Alt and the like; AltGr; Num Lock.
-MODIFIERS = (*range(0xFFE1, 0xFFEF), 0xFE03, 0xFF7F)
+WINDOW = "Classification with OpenCV DNN: q or Esc ends it, any other key continues"
 
 
 class Terminated(BaseException):
@@ -101,9 +95,8 @@ def run(main):
     if "OPENCV_LOG_LEVEL" not in os.environ:  # OpenCV's own log of errors that are reported below
         set_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4.10, 5.0
         set_level(0)  # silent
-        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the same
-        # FFmpeg reads and writes what this does, which prints what it can't read
-        os.environ.setdefault("OPENCV_VIDEOIO_PRIORITY_CV_MJPEG", "0")
+        # and FFmpeg, which replaces OpenCV's own MJPEG: that one prints what it can't read
+        os.environ |= {"OPENCV_FFMPEG_LOGLEVEL": "-8", "OPENCV_VIDEOIO_PRIORITY_CV_MJPEG": "0"}
     if sys.stdout:  # None if it is closed; names that its encoding lacks are written as \u...
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -193,7 +186,7 @@ def get_parser():
     add("--zoo", metavar="FILE", help="the file with the entries [models/models.yml or models.yml]")
     text = "the .onnx model, pictures, folders, videos, URLs, cameras [a bundled picture]"
     add("--input", nargs="+", action="extend", default=[], metavar="FILE", help=text)
-    add("--model", default="", metavar="FILE", help="the model, if it isn't among --input")
+    add("--model", metavar="FILE", help="the model, if it isn't among --input")
     add("--config", type=check_name, metavar="FILE", help="a Caffe model's .prototxt, in OpenCV 4")
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
     add("--top_k", type=positive_int, default=1, metavar="K", help="answers per picture [1]")
@@ -201,14 +194,14 @@ def get_parser():
     add("--show", type=boolean, default=True, metavar="BOOL", help="in a window, if it can [True]")
     add = parser.add_argument_group("size, as PyTorch's pipelines make it").add_argument
     size = {"type": positive_int, "metavar": "PX"}
-    add("--resize", **size, nargs="+", help="the shorter side, or width and height [no resize]")
+    add("--resize", **size, nargs="+", default=[], help="shorter side, or width and height [none]")
     add("--interpolation", choices=INTERPOLATIONS, default="bilinear", help="[bilinear]")
     text = "where to cut: torchvision's round, transformers' floor, or before the resize [round]"
     add("--center", choices=CENTERS, default="round", help=text)
     add = parser.add_argument_group("preprocessing, of blobFromImage").add_argument
-    add("--scale", type=non_zero, metavar="V", help="multiply by this, after the mean [1.0]")
-    add("--mean", type=finite, nargs=3, metavar="V", help="subtract; R G B if --rgb [0 0 0]")
-    add("--std", type=non_zero, nargs=3, metavar="V", help="divide the blob by these [none]")
+    add("--scale", type=non_zero, default=1.0, help="multiply by this, after the mean [1.0]")
+    add("--mean", type=finite, nargs=3, default=[0.0] * 3, help="subtract; R G B if --rgb [0 0 0]")
+    add("--std", type=non_zero, nargs=3, help="divide the blob by these [none]")
     switch = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
     add("--rgb", **switch, help="swapRB: the network takes RGB, OpenCV reads BGR [False]")
     add("--crop", **switch, help="scale the shorter side to the blob, cut off the rest [False]")
@@ -226,16 +219,15 @@ def get_parser():
 def get_args():
     """The options of the command line, else of the network's entry in models.yml, args.entry."""
     parser = get_parser()
-    # None for what isn't on the command line
     args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(TORCHVISION)))
+    given = {k: v for k, v in vars(args).items() if v is not None}  # without the defaults
     models = [item for item in args.input if item.lower().endswith(".onnx")]
     models += [args.model] if args.model else []
     if len(models) > 1 or not (models or args.alias):
         raise RequestError(f"{len(models)} models: name one .onnx file, --input MODEL.onnx PICTURE")
     zoo, name, entry = find_entry(args.alias, args.zoo, *models)
-    given = {key for key in TORCHVISION if getattr(args, key) is not None}
-    values = entry or ({} if given & {"scale", "mean", "std"} else TORCHVISION)
-    unwanted = PILLOWS if given & {*BLOBS} else ()
+    values = entry or ({} if given.keys() & {"scale", "mean", "std"} else TORCHVISION)
+    unwanted = PILLOWS if given.keys() & BLOBS else ()
     options = [""]  # NAME's place, which the fourth number of a mean would take
     for key, value in sorted(values.items()):  # labels win over classes
         if key in unwanted or value in (None, []):
@@ -249,11 +241,10 @@ def get_args():
             options.append(f"--{key}={find_file(value, entry, zoo.parent)}")
     parser.prog = f"{zoo}: {name}"  # only its options can still be wrong
     args = parser.parse_args(options)
-    before = args.width, args.height
-    args = parser.parse_args(namespace=args)  # the command line wins
-    if given & {"width", "height"} and "resize" not in given:
-        args.resize = scale_resize(args.resize or [], before, (args.width, args.height))
-    args.entry, args.scale, args.mean = entry, args.scale or 1.0, args.mean or [0.0] * 3
+    size = args.width, args.height
+    vars(args).update(given, entry=entry)
+    if given.keys() & {"width", "height"} and "resize" not in given:
+        args.resize = scale_resize(args.resize, size, (args.width, args.height))
     check_preprocessing(args, given)
     args.input = [item for item in args.input if item not in models] or [str(BUNDLED_PICTURE)]
     args.model = models[0] if models else args.model or f"the model of {name}"
@@ -278,19 +269,17 @@ def check_preprocessing(p, given=()):
     """RequestError for options that would be wrong without a word; given: on the command line."""
     if "resize" in given and {*given} & {*BLOBS}:
         raise RequestError("--resize is another way than --crop and --initial_*: leave one out")
-    if (p.initial_width is None) != (p.initial_height is None):
-        raise RequestError("--initial_width and --initial_height go together")
-    if p.resize and len(p.resize) > 2:
-        raise RequestError("--resize takes the shorter side, or a width and a height")
-    resize = p.resize or [1]
-    width = max(p.width, p.initial_width or 1, resize[0])
-    height = max(p.height, p.initial_height or 1, resize[-1])
-    if width * height > 2**26:  # Linux would kill the program once the memory is full
-        raise RequestError(f"--width, --height, --resize: {width}x{height} pixels: 2**26 at most")
-    if p.center == "first" and [*(p.resize or ())] != [p.width, p.height]:
-        raise RequestError(f"--center first needs --resize {p.width} {p.height}, the blob's size")
     if not p.resize and {*given} & {*PILLOWS}:
         raise RequestError("--interpolation and --center are options of --resize: give it, too")
+    if (p.initial_width is None) != (p.initial_height is None):
+        raise RequestError("--initial_width and --initial_height go together")
+    if len(p.resize) > 2:
+        raise RequestError("--resize takes the shorter side, or a width and a height")
+    side = max(filter(None, [p.width, p.height, p.initial_width, p.initial_height, *p.resize]))
+    if side > 2**13:  # Linux would kill the program once the memory is full
+        raise RequestError(f"--width, --height, --resize: 8192 pixels at most, not {side}")
+    if p.center == "first" and [*p.resize] != [p.width, p.height]:
+        raise RequestError(f"--center first needs --resize {p.width} {p.height}, the blob's size")
     if 0 < max(map(abs, p.mean)) <= 1 and abs(p.scale) < 0.1:
         times_255 = " ".join(f"{255 * value:g}" for value in p.mean)
         problem = f"a mean of 0..1 is subtracted from pixels of 0..255: give --mean {times_255}"
@@ -300,10 +289,7 @@ def check_preprocessing(p, given=()):
 
 
 def find_entry(alias, zoo, model=None):
-    """(path of the models.yml, name, entry) of the alias, else of the model file.
-
-    (Path(), "", {}) if a model file has none. Raises RequestError if an alias or --zoo has none.
-    """
+    """(models.yml, name, entry) of the alias or model file; (Path(), "", {}) if a file has none."""
     beside = Path(__file__).resolve().parent
     folders = [Path("models"), Path(), beside / "models", beside] if alias else [Path(model).parent]
     paths = [folder / ZOO_NAME for folder in folders if (folder / ZOO_NAME).is_file()]
@@ -324,10 +310,8 @@ def find_entry(alias, zoo, model=None):
 
 
 def find_file(name, entry, folder=""):
-    """The path of a file in `folder`, in the current one, or where OpenCV's samples look for it.
-
-    https://github.com/opencv/opencv/blob/5.x/samples/dnn/common.py
-    """
+    """The path of a file in `folder`, in the current one, or where OpenCV's samples look for it."""
+    # https://github.com/opencv/opencv/blob/5.x/samples/dnn/common.py
     info = entry.get("load_info")
     sha1 = info.get("sha1", "") if isinstance(info, dict) else ""
     variables = ("DOWNLOAD_CACHE_DIR", "SAMPLES_DATA_PATH", "DNN_TEST_DATA_PATH", "TEST_DATA_PATH")
@@ -391,25 +375,21 @@ def expand_sources(names):
 
 
 def get_kind(name):
-    """Get "picture", "video", "camera", or "" for a file that can't be opened.
-
-    A picture begins like one; a pipe, which can be read only once, has to be one. All else is a
-    video, since cv2.VideoCapture opens devices, streams and img_%03d.png as well.
-    """
-    if not os.access(name, os.R_OK):  # "!": of a GStreamer pipeline
-        return "camera" if name.isdecimal() else "video" if re.search("://|[%!]", name) else ""
-    is_picture = Path(name).is_fifo()
+    """Get "picture", "video" for all else that cv2.VideoCapture may open, or "" for neither."""
+    if not os.access(name, os.R_OK):  # a camera, a URL, img_%03d.png, or GStreamer's "!"
+        return "video" if name.isdecimal() or re.search("://|[%!]", name) else ""
     with contextlib.suppress(InputError, cv2.error):  # OpenCV 4's wheels know OpenEXR, but raise
-        is_picture |= os.path.isfile(name) and cv2.haveImageReader(check_name(name))
-    return "picture" if is_picture else "video"
+        if Path(name).is_fifo() or os.path.isfile(name) and cv2.haveImageReader(check_name(name)):
+            return "picture"
+    return "video"
 
 
 def read_frames(name, kind):
     """Yield (title, uint8 BGR picture (height, width, 3), frames per second or 0 for a picture)."""
-    if kind in ("picture", ""):  # which has the system's reason
-        yield name, read_picture(check_name(name)), 0
+    if kind != "video":
+        yield name, read_picture(name), 0  # or the system's reason
         return
-    capture = cv2.VideoCapture(int(name) if kind == "camera" else check_name(name))
+    capture = cv2.VideoCapture(int(name) if name.isdecimal() else check_name(name))
     rate, promised = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     # FFmpeg takes a text for a video of its letters
     is_text = capture.get(cv2.CAP_PROP_FOURCC) == cv2.VideoWriter_fourcc(*"ansi")
@@ -419,8 +399,8 @@ def read_frames(name, kind):
         ms = capture.get(cv2.CAP_PROP_POS_MSEC)  # after the last frame it would be 0
         yield f"{name}, frame {number}", got[1], rate if 0 < rate <= 1000 else 25
     if not number:
-        problem = "truncated, or not a picture or video that OpenCV can read"
-        raise InputError(f"camera {name}: not there?" if kind == "camera" else f"{name}: {problem}")
+        problem = f"{name}: truncated, or not a picture or video that OpenCV can read"
+        raise InputError(f"camera {name}: not there?" if name.isdecimal() else problem)
     # promised is duration x rate in some files, too many if the rate varies; below 0 in streams
     if number < 0.95 * promised and ms * rate < 950 * promised:
         raise InputError(f"{name}: truncated: {number} of {promised:.0f} frames can be read")
@@ -428,19 +408,16 @@ def read_frames(name, kind):
 
 def read_picture(path):
     """The picture as uint8 BGR (height, width, 3), turned as its EXIF says; or RequestError."""
-    problem = "truncated, or not a picture that OpenCV can read"
     try:
         data = np.frombuffer(Path(path).read_bytes(), np.uint8)
         # imdecode, because imread fills the missing part of a truncated JPEG with grey
         picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
-        if picture is None and cv2.imdecode(data, cv2.IMREAD_UNCHANGED) is not None:
-            problem = "pixels of an unusual type, float32 for one; use 8 bits"
     except OSError as error:
         raise InputError(one_line(error)) from None
     except cv2.error:  # an empty file, or more than 2**30 pixels
         picture = None
     if picture is None:
-        raise InputError(f"{path}: {problem}")
+        raise InputError(f"{path}: truncated, or not a picture that OpenCV can read as 8 bits")
     return picture
 
 
@@ -463,10 +440,7 @@ def read_net(args):
 
 
 def choose_engine(args):
-    """[the engine for readNet], or [] for OpenCV's default.
-
-    An entry's engine that this OpenCV lacks is replaced by the next that it was verified on.
-    """
+    """[the engine for readNet], an entry's first that this OpenCV has; [] for OpenCV's default."""
     user, hint = Path(args.model).name, "convert it again with this OpenCV"
     verified = re.findall(r"\w+", str(args.entry.get("engines", "auto")))
     wanted = [args.engine or args.entry.get("engine", "auto"), *verified]
@@ -491,9 +465,8 @@ def get_load_info(model):
 def get_blob(picture, p):
     """float32 blob of shape (1, 3, height, width) from a uint8 BGR picture (height, width, 3).
 
-    (picture - mean) * scale / std, with p.mean, p.scale and so on: p has the attributes of the
-    options; p.std and p.resize may be empty. Without p.resize, blobFromImage's crop scales the
-    shorter side of the picture to the blob, so nothing is cut off a square picture.
+    (picture - mean) * scale / std, with p.mean and so on, named as the options; p.std and p.resize
+    may be empty. Without p.resize, p.crop scales the picture's shorter side to the blob.
     """
     # float before cv2's resize: rounding to uint8 after it would shift the logits by about 0.01
     picture = (get_centre(picture, p) if p.resize else picture).astype(np.float32)
@@ -505,10 +478,7 @@ def get_blob(picture, p):
 
 
 def get_centre(picture, p):
-    """uint8 (p.height, p.width, 3): the picture resized to p.resize, then its centre cut out.
-
-    The pixels are Pillow 13's and torchvision's; only those are computed that are kept.
-    """
+    """uint8 (p.height, p.width, 3): the centre of the picture resized as Pillow 13 does it."""
     height, width = picture.shape[:2]
     if p.center == "first":
         w, h = min(width, height * p.width // p.height), min(height, width * p.height // p.width)
@@ -536,8 +506,7 @@ def get_centre(picture, p):
 def get_taps(old, new, wanted, interpolation, center):
     """How `old` pixels become the middle `wanted` ones of `new`, as Pillow computes them.
 
-    (slice of the old pixels that are needed, indices into them (taps, pixels), their int32 weights
-    (taps, pixels, 1)). A weight of 1 is 2**22.
+    (slice of the old pixels, indices into it (taps, pixels), weights * 2**22 (taps, pixels, 1)).
     """
     half = (new - wanted) / 2
     first = max(0, int(half) if center == "floor" else round(half))
@@ -571,9 +540,7 @@ def resample(picture, index, weights):
         block = slice(start, start + 32)
         total = np.full(result[block].shape, 2**21, np.int32)  # a half, to round it
         for i, weight in zip(index[:, block], weights[:, block], strict=True):
-            tap = rows[i].astype(np.int32)
-            tap *= weight
-            total += tap
+            total += rows[i] * weight
         total >>= 22
         result[block] = np.clip(total, 0, 255, out=total)
     return result.reshape(-1, *picture.shape[1:])
@@ -599,10 +566,7 @@ def forward(net, blob):
 
 
 def get_answers(outputs, names, top_k, activation=None):
-    """Yield (text for stdout, text for the picture), best first. names: the classes', or empty.
-
-    activation: what the network ends in, sigmoid or softmax; if None, its outputs are logits.
-    """
+    """Yield (text for stdout, text for the picture), best first; activation: None for logits."""
     if len(outputs) == 1:  # a value or probability, which has no classes
         name = names[0] if names else "probability" if activation else "value"
         value = f"{100 * outputs[0]:.1f} %" if activation else f"{outputs[0]:.4f}"
@@ -621,13 +585,10 @@ def get_answers(outputs, names, top_k, activation=None):
 
 
 def annotate(picture, lines):
-    """Write lines into the top left corner: as many as fit, and how many more answers there are."""
+    """Write lines into the top left corner, as many as fit."""
     height, width = picture.shape[:2]
     zoom = max(min(width / 900, height / (34 * len(lines))), 0.45)  # capitals of 9 px or more
     step, thickness = int(34 * zoom), max(1, round(1.5 * zoom))
-    kept = max(1, height // step - 1)
-    if len(lines) > kept + 1:
-        lines = [*lines[:kept], f"... and {len(lines) - 1 - kept} more"]
     for bottom, line in zip(range(step, height + 1, step), lines, strict=False):
         # measured as it is drawn: OpenCV 5.0.0's letters get wider with their thickness
         while (end := cv2.getTextSize(line, FONT, zoom, thickness)[0][0] + step) > width and line:
@@ -647,10 +608,7 @@ def fit(picture, size, pick):
 
 
 def get_output_paths(sources, args, window):
-    """Yield each result's path: --output, or a file in it; with a number if the name is taken.
-
-    None: not saved; a camera, or a video that is shown, if --output isn't given.
-    """
+    """Yield each result's path; None for one that isn't saved, as a camera's without --output."""
     output = check_name(args.output or "results")
     is_folder = output.endswith(("/", os.sep)) or os.path.isdir(output) or not Path(output).suffix
     taken = {os.path.realpath(name).lower() for name, _ in sources}
@@ -665,7 +623,7 @@ def get_output_paths(sources, args, window):
         while os.path.realpath(path).lower() in taken:
             path = path.with_stem(f"{path.stem}_{number}")
         taken.add(os.path.realpath(path).lower())
-        is_saved = args.output or kind == "picture" or (kind == "video" and not window)
+        is_saved = args.output or kind == "picture" or not (window or name.isdecimal())
         yield path if is_saved and output != "none" else None
 
 
@@ -678,10 +636,7 @@ def get_result_name(name, end):
 
 
 def save(frames, path):
-    """Yield each (picture, rate) once it is written to `path`, as a picture or a frame of a video.
-
-    The file takes shape beside `path`, hidden; it replaces an older one when it is whole.
-    """
+    """Yield each (picture, rate) once it is in a hidden file, which is renamed when it is whole."""
     part, writer, number = path.with_name(f".{os.getpid()}{path.suffix}"), None, 0
     try:
         for picture, rate in frames:
@@ -713,16 +668,14 @@ def save(frames, path):
                 os.replace(part, path)
                 print(f"* saved: {path}", flush=True)
         finally:
-            if part.exists():
-                part.unlink()
+            part.unlink(missing_ok=True)
 
 
 def has_display():
     """Whether a window can be shown."""
     if sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
         return False
-    # a child process tries: without a display Qt aborts instead of raising (OpenCV 5.0.0, exit
-    # 134; https://github.com/opencv/opencv/issues/13682)
+    # a child process tries: Qt would abort, https://github.com/opencv/opencv/issues/13682
     probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
     with contextlib.suppress(subprocess.TimeoutExpired):
         return subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
@@ -735,16 +688,13 @@ def show(picture, seconds):
     cv2.imshow(WINDOW, fit(picture, (1280, 720), min))
     end = time.monotonic() + seconds
     while True:
-        key = cv2.waitKeyEx(50 if seconds else 1)  # not 0, which would miss Ctrl-C
-        code = key & 0xFFFF  # GTK adds the state of Shift, Num Lock and the like
+        key = cv2.waitKey(50 if seconds else 1)  # not 0, which would miss Ctrl-C
         visible = 0
         with contextlib.suppress(cv2.error):  # OpenCV 5.0.0's Qt, once its only window is closed
             visible = cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE)
-        if visible < 1 or code in (ord("q"), ord("Q"), 27):  # 27: Esc
+        if visible < 1 or key in (ord("q"), 27):  # 27: Esc
             return True
-        if code == ord(" ") and end < np.inf:  # pause, unless it waits for a key anyway
-            end = seconds = np.inf
-        elif (key >= 0 and code not in MODIFIERS) or time.monotonic() >= end:
+        if key >= 0 or time.monotonic() >= end:
             return False
 
 
@@ -775,8 +725,6 @@ def main():
     jobs = list(zip(sources, get_output_paths(sources, args, window), strict=True))
     net = read_net(args)
     print(f"preprocessing: {describe(args)}")
-    if window:
-        print("keys in the window: q or Esc ends the program, space pauses, any other key goes on")
     code, answered = 0, False
     for number, (source, output) in enumerate(jobs, 1):
         seconds = 1 if number < len(jobs) else np.inf  # as in OpenCV 5's sample
