@@ -692,7 +692,7 @@ def show(picture, seconds):
         visible = 0
         with contextlib.suppress(cv2.error):  # OpenCV 5.0.0's Qt, once its only window is closed
             visible = cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE)
-        if visible < 1 or key in (ord("q"), 27):  # 27: Esc
+        if visible < 1 or key in (ord("q"), ord("Q"), 27):  # 27: Esc
             return True
         if key >= 0 or time.monotonic() >= end:
             return False
