@@ -33,7 +33,7 @@ from preprocessing import read_pil, run_transform
 from processes import PROCESSES, RANK, gather
 from results import NO_ANSWER, Row, write_results
 from test_config import LOGS_DIR
-from verify import MAX_RELATIVE_ERROR, Difference, run_opencv, run_pytorch
+from verify import MAX_RELATIVE_ERROR, run_opencv, run_pytorch
 
 ROWS_VERSION = 1  # to be raised when what a row means changes: older batches aren't resumed
 ROLL_CALL = 10  # batches between checks that all processes are alive
@@ -225,9 +225,7 @@ def run_batches(batches, total, read, answer, folder):
             try:
                 # decoding has all cores between the passes, and none during them
                 rows = [row._replace(warm_up=turn == 0) for row in share[turn]]
-                blobs, rows, skipped = read(rows, workers=workers)
-                rows = answer(blobs, rows) if rows else []
-                write_batch(folder, sorted(skipped + rows))
+                write_batch(folder, answer(*read(rows, workers=workers)))
                 bar.update(len(share[turn]))
             except KeyboardInterrupt:
                 interrupted = True
@@ -253,7 +251,7 @@ def get_tutorial_blob(path, p):
 
 
 def read_batch(rows, root, make_blobs, workers, buffers):
-    """(blobs, the rows of their pictures, the rows of pictures that can't be read).
+    """(blobs, rows) of a batch; a picture that can't be read is zeros, and its row says why.
 
     make_blobs, buffers, blobs: PyTorch's and OpenCV's, or one for both. The workers read one
     picture each into the rows of the buffers, which serve every batch: fresh memory would be
@@ -266,18 +264,18 @@ def read_batch(rows, root, make_blobs, workers, buffers):
             for buffer, make_blob in zip(buffers, make_blobs, strict=True):
                 buffer[place] = make_blob(path)
         except (RequestError, ValueError) as error:  # ValueError: run_transform's
-            return row._replace(skipped=str(error))
+            for buffer in buffers:
+                buffer[place] = 0
+            reason = str(error).removeprefix(f"{path}: ")  # which read_picture's begins with
+            return row._replace(skipped=f"{path}: {reason}")
         return row
 
     rows = list(workers.map(read, range(len(rows)), rows))
-    places = [place for place, row in enumerate(rows) if row.skipped is None]
-    chosen = slice(len(rows)) if len(places) == len(rows) else places
-    blobs = [buffer[chosen] for buffer in buffers]
-    return blobs, [rows[place] for place in places], [row for row in rows if row.skipped]
+    return [buffer[: len(rows)] for buffer in buffers], rows
 
 
 def evaluate_batch(networks, blobs, rows, activation=None):
-    """The rows of a batch's pictures with both networks' answers.
+    """The rows of a batch with both networks' answers, but for those that are skipped.
 
     networks: {"pytorch": run, "opencv": run}; blobs: theirs, or one for both, float32 (pictures, 3,
     height, width). activation: what the networks end in, if their outputs are probabilities.
@@ -309,7 +307,8 @@ def evaluate_batch(networks, blobs, rows, activation=None):
     columns["peak"] = np.abs(logits["pytorch"]).max(axis=1)
     values = zip(*(column.tolist() for column in columns.values()), strict=True)
     answers = [dict(zip(columns, value, strict=True)) for value in values]
-    return [row._replace(**answer) for row, answer in zip(rows, answers, strict=True)]
+    pairs = zip(rows, answers, strict=True)
+    return [row if row.skipped else row._replace(**answer) for row, answer in pairs]
 
 
 def keep_large_blocks():
@@ -327,7 +326,7 @@ def keep_large_blocks():
 
 def check_figures(figures, judged=True):
     """Raise NetworksDisagree if that is judged, or RequestError if too many were skipped."""
-    difference, nan = Difference(**figures["difference"]), figures["nan"]
+    difference, nan = figures["difference"], figures["nan"]
     if judged and nan:
         raise NetworksDisagree(f"the logits of {len(nan)} pictures are nan, of {nan[0]} for one")
     # "not <=" and not ">", which would let nan pass. A tie that falls the other way isn't a fault.
