@@ -164,17 +164,13 @@ def evaluate(network, converted, data, plan, resumes=True):
     done = resume(kept, total, resumes)
     missing = [rows[i : i + size] for i in range(0, total, size) if i // size not in done]
 
-    p = plan.preprocessing
-    make_blobs = [lambda path: get_blob(read_picture(path), p)[0]]
-    if plan.preprocess == "tutorial":
-        make_blobs = [partial(get_tutorial_blob, p=p)]
-    elif plan.transform:
-        make_blobs.insert(0, lambda path: run_transform(network.transform, read_pil(path)))
     keep_large_blocks()
-    buffers = [np.empty((size, 3, p.height, p.width), np.float32) for _ in make_blobs]
+    shape = (size, 3, plan.preprocessing.height, plan.preprocessing.width)
+    buffers = [np.empty(shape, np.float32) for _ in range(2 if plan.transform else 1)]
     network.model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     net = cv2.dnn.readNetFromONNX(str(converted.path), ENGINES[plan.engine])
     networks = {"pytorch": partial(run_pytorch, network.model), "opencv": partial(run_opencv, net)}
+    make_blobs = partial(get_blobs, plan=plan, transform=network.transform)
     read = partial(read_batch, root=data.root, make_blobs=make_blobs, buffers=buffers)
     answer = partial(evaluate_batch, networks, activation=converted.activation)
     start = time.perf_counter()
@@ -238,31 +234,31 @@ def run_batches(batches, total, read, answer, folder):
     return any(gather(interrupted))
 
 
-def get_tutorial_blob(path, p):
-    """(3, height, width): the true centre of the picture resized by cv2.
-
-    blobFromImage's crop would shrink the picture to the blob and cut nothing off a square.
-    """
-    size = p.initial_width, p.initial_height
-    picture = cv2.resize(read_picture(path).astype(np.float32), size)
-    top, left = (p.initial_height - p.height) // 2, (p.initial_width - p.width) // 2
-    centre = picture[top : top + p.height, left : left + p.width]
-    return get_blob(centre, replace(p, initial_width=None, initial_height=None))[0]
+def get_blobs(path, plan, transform):
+    """[PyTorch's blob of a picture, OpenCV's], or one for both: (3, height, width)."""
+    picture, p = read_picture(path), plan.preprocessing
+    if plan.preprocess == "tutorial":
+        # blobFromImage's crop would shrink the picture to the blob and cut nothing off a square
+        picture = cv2.resize(picture.astype(np.float32), (p.initial_width, p.initial_height))
+        top, left = (p.initial_height - p.height) // 2, (p.initial_width - p.width) // 2
+        picture = picture[top : top + p.height, left : left + p.width]
+        p = replace(p, initial_width=None, initial_height=None)
+    theirs = [run_transform(transform, read_pil(path))] if plan.transform else []
+    return [*theirs, get_blob(picture, p)[0]]
 
 
 def read_batch(rows, root, make_blobs, workers, buffers):
     """(blobs, rows) of a batch; a picture that can't be read is zeros, and its row says why.
 
-    make_blobs, buffers, blobs: PyTorch's and OpenCV's, or one for both. The workers read one
-    picture each into the rows of the buffers, which serve every batch: fresh memory would be
-    scattered more and more.
+    make_blobs: get_blobs of a path. The workers read one picture each into the buffers, which serve
+    every batch: fresh memory would be scattered more and more.
     """
 
     def read(place, row):
         path = os.path.join(root, row.picture)
         try:
-            for buffer, make_blob in zip(buffers, make_blobs, strict=True):
-                buffer[place] = make_blob(path)
+            for buffer, blob in zip(buffers, make_blobs(path), strict=True):
+                buffer[place] = blob
         except (RequestError, ValueError) as error:  # ValueError: run_transform's
             for buffer in buffers:
                 buffer[place] = 0

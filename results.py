@@ -145,7 +145,7 @@ def get_summary(title, figures, about, names):
     if about["preprocess"] == "tutorial":
         lines.append("prepared as in the tutorial, not as the network's own are: another accuracy")
     if about["transform"]:
-        how = "OpenCV's by cv2 and NumPy: the differences are reported, not judged"
+        how = "OpenCV's by cv2: the differences are reported, not judged"
         lines.append(f"PyTorch's are prepared by {about['transform']}, {how}")
     if about["threshold"] is not None:
         lines.append(f"one output: the answer is class 1 if it is above {about['threshold']}")
@@ -234,11 +234,10 @@ def draw_times(figure, table, figures, title):
     figure.set_size_inches(10.8, 5.4)
     axes = figure.add_subplot(xlabel="batch", ylabel="ms per picture")
     axes.set_title(f"{title}: inference time, {len(table)} pictures")
-    batches = np.array([batch[0] for batch in get_batches(table)])
     for color, (name, network) in zip(("C0", "C1"), NETWORKS.items(), strict=True):
         median = figures[name]["ms_median"]
         label = f"{network}: median {median:.2f} ms"
-        axes.plot(batches["batch"], batches[f"{name}_ms"], color, marker=".", label=label)
+        axes.plot(table.batch, table[f"{name}_ms"], color, marker=".", label=label)
         axes.axhline(median, color=color, linestyle="--", linewidth=1)
     axes.set_ylim(bottom=0, top=1.15 * axes.get_ylim()[1])
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

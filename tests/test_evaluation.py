@@ -313,7 +313,8 @@ def test_tutorials_blob():
     transforms = v2.Compose([v2.CenterCrop(224), normalize])
     expected = transforms(torch.from_numpy(rgb).permute(2, 0, 1)).numpy()
     tutorials = replace(IMAGENET, resize=(), initial_width=256, initial_height=256)
-    blob = evaluation.get_tutorial_blob(PICTURES / "koala.jpg", tutorials)
+    plan = Plan("tutorial", tutorials, "", "RGB", "new", 1)
+    (blob,) = evaluation.get_blobs(PICTURES / "koala.jpg", plan, None)
     assert blob.dtype == np.float32
     assert np.abs(blob - expected).max() < 1e-5
 
