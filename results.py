@@ -269,7 +269,7 @@ def find_fonts(letters):
     from matplotlib.font_manager import findfont, fontManager, get_font
 
     missing = {*map(ord, letters)} - get_font(findfont("DejaVu Sans")).get_charmap().keys()
-    fonts = fontManager.ttflist if missing else []
+    fonts = [f for f in fontManager.ttflist if f.weight == 400] if missing else []
     found = {f.name for f in fonts if missing & get_font(f.fname).get_charmap().keys()}
     # the font of last resort has a box for everything
     return ["DejaVu Sans", *sorted(name for name in found if not name.startswith("Last Resort"))]
