@@ -33,7 +33,7 @@ from preprocessing import read_pil, run_transform
 from processes import PROCESSES, RANK, gather
 from results import NO_ANSWER, Row, write_results
 from test_config import LOGS_DIR
-from verify import MAX_RELATIVE_ERROR, Difference, run_opencv, run_pytorch
+from verify import MAX_RELATIVE_ERROR, run_opencv, run_pytorch
 
 ROWS_VERSION = 1  # to be raised when what a row means changes: older batches aren't resumed
 ROLL_CALL = 10  # batches between checks that all processes are alive
@@ -164,17 +164,13 @@ def evaluate(network, converted, data, plan, resumes=True):
     done = resume(kept, total, resumes)
     missing = [rows[i : i + size] for i in range(0, total, size) if i // size not in done]
 
-    p = plan.preprocessing
-    make_blobs = [lambda path: get_blob(read_picture(path), p)[0]]
-    if plan.preprocess == "tutorial":
-        make_blobs = [partial(get_tutorial_blob, p=p)]
-    elif plan.transform:
-        make_blobs.insert(0, lambda path: run_transform(network.transform, read_pil(path)))
     keep_large_blocks()
-    buffers = [np.empty((size, 3, p.height, p.width), np.float32) for _ in make_blobs]
+    shape = (size, 3, plan.preprocessing.height, plan.preprocessing.width)
+    buffers = [np.empty(shape, np.float32) for _ in range(2 if plan.transform else 1)]
     network.model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     net = cv2.dnn.readNetFromONNX(str(converted.path), ENGINES[plan.engine])
     networks = {"pytorch": partial(run_pytorch, network.model), "opencv": partial(run_opencv, net)}
+    make_blobs = partial(get_blobs, plan=plan, transform=network.transform)
     read = partial(read_batch, root=data.root, make_blobs=make_blobs, buffers=buffers)
     answer = partial(evaluate_batch, networks, activation=converted.activation)
     start = time.perf_counter()
@@ -225,9 +221,7 @@ def run_batches(batches, total, read, answer, folder):
             try:
                 # decoding has all cores between the passes, and none during them
                 rows = [row._replace(warm_up=turn == 0) for row in share[turn]]
-                blobs, rows, skipped = read(rows, workers=workers)
-                rows = answer(blobs, rows) if rows else []
-                write_batch(folder, sorted(skipped + rows))
+                write_batch(folder, answer(*read(rows, workers=workers)))
                 bar.update(len(share[turn]))
             except KeyboardInterrupt:
                 interrupted = True
@@ -240,44 +234,44 @@ def run_batches(batches, total, read, answer, folder):
     return any(gather(interrupted))
 
 
-def get_tutorial_blob(path, p):
-    """(3, height, width): the true centre of the picture resized by cv2.
-
-    blobFromImage's crop would shrink the picture to the blob and cut nothing off a square.
-    """
-    size = p.initial_width, p.initial_height
-    picture = cv2.resize(read_picture(path).astype(np.float32), size)
-    top, left = (p.initial_height - p.height) // 2, (p.initial_width - p.width) // 2
-    centre = picture[top : top + p.height, left : left + p.width]
-    return get_blob(centre, replace(p, initial_width=None, initial_height=None))[0]
+def get_blobs(path, plan, transform):
+    """[PyTorch's blob of a picture, OpenCV's], or one for both: (3, height, width)."""
+    picture, p = read_picture(path), plan.preprocessing
+    if plan.preprocess == "tutorial":
+        # blobFromImage's crop would shrink the picture to the blob and cut nothing off a square
+        picture = cv2.resize(picture.astype(np.float32), (p.initial_width, p.initial_height))
+        top, left = (p.initial_height - p.height) // 2, (p.initial_width - p.width) // 2
+        picture = picture[top : top + p.height, left : left + p.width]
+        p = replace(p, initial_width=None, initial_height=None)
+    theirs = [run_transform(transform, read_pil(path))] if plan.transform else []
+    return [*theirs, get_blob(picture, p)[0]]
 
 
 def read_batch(rows, root, make_blobs, workers, buffers):
-    """(blobs, the rows of their pictures, the rows of pictures that can't be read).
+    """(blobs, rows) of a batch; a picture that can't be read is zeros, and its row says why.
 
-    make_blobs, buffers, blobs: PyTorch's and OpenCV's, or one for both. The workers read one
-    picture each into the rows of the buffers, which serve every batch: fresh memory would be
-    scattered more and more.
+    make_blobs: get_blobs of a path. The workers read one picture each into the buffers, which serve
+    every batch: fresh memory would be scattered more and more.
     """
 
     def read(place, row):
         path = os.path.join(root, row.picture)
         try:
-            for buffer, make_blob in zip(buffers, make_blobs, strict=True):
-                buffer[place] = make_blob(path)
+            for buffer, blob in zip(buffers, make_blobs(path), strict=True):
+                buffer[place] = blob
         except (RequestError, ValueError) as error:  # ValueError: run_transform's
-            return row._replace(skipped=str(error))
+            for buffer in buffers:
+                buffer[place] = 0
+            reason = str(error).removeprefix(f"{path}: ")  # which read_picture's begins with
+            return row._replace(skipped=f"{path}: {reason}")
         return row
 
     rows = list(workers.map(read, range(len(rows)), rows))
-    places = [place for place, row in enumerate(rows) if row.skipped is None]
-    chosen = slice(len(rows)) if len(places) == len(rows) else places
-    blobs = [buffer[chosen] for buffer in buffers]
-    return blobs, [rows[place] for place in places], [row for row in rows if row.skipped]
+    return [buffer[: len(rows)] for buffer in buffers], rows
 
 
 def evaluate_batch(networks, blobs, rows, activation=None):
-    """The rows of a batch's pictures with both networks' answers.
+    """The rows of a batch with both networks' answers, but for those that are skipped.
 
     networks: {"pytorch": run, "opencv": run}; blobs: theirs, or one for both, float32 (pictures, 3,
     height, width). activation: what the networks end in, if their outputs are probabilities.
@@ -309,7 +303,8 @@ def evaluate_batch(networks, blobs, rows, activation=None):
     columns["peak"] = np.abs(logits["pytorch"]).max(axis=1)
     values = zip(*(column.tolist() for column in columns.values()), strict=True)
     answers = [dict(zip(columns, value, strict=True)) for value in values]
-    return [row._replace(**answer) for row, answer in zip(rows, answers, strict=True)]
+    pairs = zip(rows, answers, strict=True)
+    return [row if row.skipped else row._replace(**answer) for row, answer in pairs]
 
 
 def keep_large_blocks():
@@ -327,7 +322,7 @@ def keep_large_blocks():
 
 def check_figures(figures, judged=True):
     """Raise NetworksDisagree if that is judged, or RequestError if too many were skipped."""
-    difference, nan = Difference(**figures["difference"]), figures["nan"]
+    difference, nan = figures["difference"], figures["nan"]
     if judged and nan:
         raise NetworksDisagree(f"the logits of {len(nan)} pictures are nan, of {nan[0]} for one")
     # "not <=" and not ">", which would let nan pass. A tie that falls the other way isn't a fault.

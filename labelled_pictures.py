@@ -4,7 +4,7 @@ import csv
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -26,16 +26,14 @@ class Data:
     given: str | None = None  # --classes
     source: str = "ImageNet"  # of the names, if not --classes
     bundled: bool = False  # whether they come with this project
-    folders: list = field(default_factory=list)  # of the classes
-    empty: str = ""  # the folders without a picture, for messages
+    empty: str = ""  # the class folders without a picture, for messages
     named: str = ""  # a label that is a class's name, in a label file
 
 
 def get_data(config, args, names):
-    """The Data of a TestClsConfig, from class folders or a label file.
+    """The Data of a TestClsConfig, from class folders or a label file, or of the bundled pictures.
 
-    args: what the user gave; if neither folder nor label file, the bundled pictures stand in for
-    the tutorial's folder. names: the lines of --classes, or ImageNet's.
+    args: what the user gave. names: the lines of --classes, or ImageNet's.
     """
     data, label_file = Data(config.img_root_dir, [], names, args.classes), args.img_cls_file
     if not (args.img_root_dir or label_file or Path(data.root).exists()):
@@ -52,16 +50,13 @@ def get_data(config, args, names):
 
 
 def find_pictures(data):
-    """Put the pictures of each class folder, and its subfolders, into the Data.
-
-    Hidden files are left out, and links aren't followed. All else is counted in one line.
-    """
+    """Put the pictures below the class folders into the Data, but no hidden or linked ones."""
     others, empty = [], []
     for folder in sorted(e.name for e in os.scandir(data.root) if e.is_dir() and e.name[0] != "."):
         files = [file.relative_to(data.root) for file in Path(data.root, folder).rglob("*")]
         files = sorted(file for file in files if not any(part[0] == "." for part in file.parts))
         found = [(str(file), folder) for file in files if file.suffix.lower() in PICTURES]
-        (data.folders if found else empty).append(folder)
+        empty += [] if found else [folder]
         data.pictures += found
         rest = (file for file in files if file.suffix.lower() not in PICTURES)
         others += [f.suffix.lower() or "no suffix" for f in rest if Path(data.root, f).is_file()]
@@ -72,9 +67,9 @@ def find_pictures(data):
 
 
 def index_classes(names):
-    """{name: class ID}: a class's line, its first synonym, or its first word ("n01440764 tench").
+    """{name: class ID} of each class's line, first synonym, and first word ("n01440764 tench").
 
-    ImageNet's classes have synsets instead of the word. What could mean two classes isn't in it.
+    For ImageNet's classes, the word is the synset. What could mean two classes isn't in it.
     """
     names = [name.strip() for name in names]
     synonyms, words = ([name.partition(end)[0] for name in names] for end in ", ")
@@ -89,14 +84,13 @@ def index_classes(names):
 
 def find_label_file(root):
     """The val.txt of the current folder, or the val.txt or val.csv of the pictures' folder."""
-    here = TestClsConfig.img_cls_file
-    paths = [here, os.path.join(root, "val.txt"), os.path.join(root, "val.csv")]
-    found = {Path(path).read_bytes(): path for path in paths[::-1] if os.path.isfile(path)}
-    if len(found) != 1:
-        problem = f"no pictures in folders, and no {here}"
-        problem = f"{' and '.join(found.values())} differ" if found else problem
-        raise RequestError(f"{root}: {problem}: give the file of the labels as --img_cls_file")
-    return found.popitem()[1]
+    paths = [f"{root}/val.csv", f"{root}/val.txt", TestClsConfig.img_cls_file]
+    found = {Path(path).read_bytes(): path for path in paths if os.path.isfile(path)}
+    if len(found) == 1:
+        return found.popitem()[1]
+    names = " and ".join(found.values())
+    problem = f"{names} differ" if found else f"no pictures in folders, and no {paths[-1]}"
+    raise RequestError(f"{root}: {problem}: give the file of the labels as --img_cls_file")
 
 
 def read_label_file(data, path):
@@ -105,11 +99,8 @@ def read_label_file(data, path):
     # Kaggle's names have no suffix
     stems = {Path(f).stem: f for f in os.listdir(root) if f.lower().endswith(PICTURES)}
     for number, text in enumerate(map(str.strip, read_lines(path)), 1):
-        options = [(text, None, None, "")]  # name, picture, class ID, label
-        for name, label, others in split_line(text):
-            picture = name if os.path.isfile(os.path.join(root, name)) else stems.get(name)
-            options.append((name, picture, read_label(label, others, classes), label))
         # the separator under which there are such a picture and such a class
+        options = read_line(text, root, stems, classes)
         name, picture, class_id, label = max(options, key=lambda o: (bool(o[1]), o[2] is not None))
         if not text or (not picture and (text[0] == "#" or (number == 1 and class_id is None))):
             continue  # a comment, or a header
@@ -132,25 +123,23 @@ def read_label_file(data, path):
     data.pictures = [(picture, class_id) for picture, (class_id, _) in found.items()]
 
 
-def split_line(text):
-    """Yield (name, label, further columns) for each separator that a line of a label file has."""
+def read_line(text, root, stems, classes):
+    """Yield (name, picture or None, class ID or None, label) as each separator splits the line."""
+    yield text, None, None, ""
     for separator in "\t, ":
         fields = [field.strip() for field in next(csv.reader([text], delimiter=separator), [])]
         if separator == " ":  # the last one: names may have spaces
             fields = [" ".join(fields[:-1]).strip(), *fields[-1:]]
-        if len(fields) > 1 and fields[0]:
-            yield fields[0], fields[1], fields[2:]
-
-
-def read_label(label, others, classes):
-    """The class ID of a label, which is an ID or a class's name; None if it is neither.
-
-    others: the columns after it. After a name they are a box ("n01440764 0 32 44 62", in Kaggle's
-    file in one column); numbers after an ID are a one-hot table's.
-    """
-    if re.fullmatch(r"[0-9]{1,9}", label):
-        return None if any(re.fullmatch(r"-?[\d.]+", other) for other in others) else int(label)
-    return classes.get(label, classes.get(re.sub(r"^(\S+) -?[\d.]+( .*)?$", r"\1", label)))
+        if len(fields) < 2 or not fields[0]:
+            continue
+        name, label, *others = fields
+        picture = name if os.path.isfile(os.path.join(root, name)) else stems.get(name)
+        # after a name, numbers are a box, which Kaggle has in the same column: "n01440764 0 32 44"
+        class_id = classes.get(label, classes.get(re.sub(r"^(\S+) -?[\d.]+( .*)?$", r"\1", label)))
+        if re.fullmatch(r"[0-9]{1,9}", label):  # after an ID, they are a one-hot table's
+            one_hot = any(re.fullmatch(r"-?[\d.]+", other) for other in others)
+            class_id = None if one_hot else int(label)
+        yield name, picture, class_id, label
 
 
 def find_classes(data, outputs):
@@ -164,12 +153,11 @@ def find_classes(data, outputs):
         problem = f"the bundled pictures are of ImageNet's 1000 classes, the network has {count}"
         raise RequestError(f"{problem}: give --img_root_dir, --test True or --evaluate False")
     if data.given and not names:
-        problem = f"{len(data.names)} lines, but the network has {outputs} outputs"
-        raise RequestError(f"{data.given}: {problem}")
+        lines = len(data.names)
+        raise RequestError(f"{data.given}: {lines} lines, but the network has {outputs} outputs")
     if data.named and not names:
-        problem = f"'{data.named}' is a class of ImageNet, but the network has {count} classes"
-        raise RequestError(f"{problem}: give --classes, or class IDs")
-    if data.folders:
+        raise RequestError(f"'{data.named}' is a class of ImageNet: give --classes, or class IDs")
+    if isinstance(data.pictures[0][1], str):
         names = resolve_folders(data, names, count)
     picture, highest = max(data.pictures, key=lambda item: item[1])
     if highest >= count:
@@ -178,13 +166,8 @@ def find_classes(data, outputs):
 
 
 def resolve_folders(data, names, count):
-    """Replace the pictures' folders by class IDs; return the names of all classes, or [].
-
-    A folder is the class of that name, if names are in force: those of --classes, or ImageNet's if
-    the network has 1000 outputs and one of the folders is such a class. Else its number is the ID,
-    or the folders are all the classes, in sorted order.
-    """
-    folders, classes = data.folders, index_classes(names)
+    """Replace folders by class IDs, by name, number or order; return all classes' names, or []."""
+    folders, classes = sorted({folder for _, folder in data.pictures}), index_classes(names)
     unknown = [folder for folder in folders if folder not in classes]
     inside = [{e.name for e in os.scandir(Path(data.root, f)) if e.is_dir()} for f in folders]
     if not unknown:
@@ -205,9 +188,8 @@ def resolve_folders(data, names, count):
         raise RequestError(f"{data.root}: {problem}: {hint}")
     else:
         ids, names = range(count), folders
-    ends = ", ..., ".join(f"folder {folders[i]} is class {ids[i]}" for i in (0, -1))
-    found = f"{len(data.pictures)} pictures in {len(folders)} classes: {ends}"
-    print(f"{data.root}: {found}{data.empty}")
+    ends = ", ..., ".join(f"folder {folders[i]} is class {ids[i]}" for i in (0, -1)) + data.empty
+    print(f"{data.root}: {len(data.pictures)} pictures in {len(folders)} classes: {ends}")
     ids = dict(zip(folders, ids, strict=True))
     data.pictures = [(picture, ids[folder]) for picture, folder in data.pictures]
     return names

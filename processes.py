@@ -50,4 +50,3 @@ def first_process_first():
     yield
     if LOCAL_RANK == 0:
         gather(None)
-    gather(None)  # until all have found it

@@ -7,24 +7,26 @@ import csv
 import io
 import json
 import textwrap
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+from warnings import catch_warnings
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps
 
-from classification import RANDOM, RequestError, one_line, read_picture
+from classification import RANDOM, one_line, read_picture
 from common import whole_file
 from verify import Difference
 
 # The prefixes of their columns in the table, and their names.
 NETWORKS = {"pytorch": "PyTorch", "opencv": f"OpenCV {cv2.__version__}"}
+# The columns of classes, and those of their names.
+NAMES = {"label": "label_name", "pytorch_class": "pytorch_name", "opencv_class": "opencv_name"}
 
 NO_ANSWER = -1  # the class that a network answers whose outputs are nan
 SHOWN = 10  # pictures that the summary lists; the table has all
-WIDTH = 100  # columns of the summary
 SHEET = 12  # wrong pictures on the sheet, those of which PyTorch was most sure
 
 
@@ -34,8 +36,11 @@ class Row(NamedTuple):
     number: int  # from 0, in the order of the labels
     picture: str  # its path from the folder of the pictures
     label: int
+    label_name: str = None  # write_results fills in the names of the classes
     pytorch_class: int = None
+    pytorch_name: str = None
     opencv_class: int = None
+    opencv_name: str = None
     pytorch_rank: int = None  # of the label; 1: the network names it
     opencv_rank: int = None
     pytorch_probability: float = None  # of the class that the network names
@@ -85,7 +90,7 @@ def get_figures(rows, total, classes, weights):
             "ms_median": float(np.median(timed[f"{name}_ms"])),
             "ms_p95": float(np.percentile(timed[f"{name}_ms"], 95)),
         }
-    figures["difference"] = vars(get_difference(table))
+    figures["difference"] = get_difference(table)
     apart = table[table.pytorch_class != table.opencv_class]
     figures["disagreements"] = apart[["picture", "pytorch_class", "opencv_class"]].tolist()
     nan = (table.pytorch_class == NO_ANSWER) | (table.opencv_class == NO_ANSWER)
@@ -103,8 +108,8 @@ def get_notes(table, classes, weights):
     right = f"{answers[0]} of PyTorch's {len(table)} answers are right"
     for shift in (1, -1):
         if answers[shift] > max(answers[0], answers[-shift]):
-            shifted = f"{answers[shift]} are the label {shift:+}"
-            notes.append(f"{right}, {shifted}: do the class IDs begin with 0?")
+            found = f"{right}, {answers[shift]} are the label {shift:+}"
+            notes.append(f"{found}: do the class IDs begin with 0?")
     guessed = answers[0] <= len(table) * 2 / classes
     if guessed and len(table) >= 50 and classes >= 10 and weights != RANDOM:
         note = "no better than guessing: are the class IDs in the order of the training?"
@@ -115,17 +120,17 @@ def get_notes(table, classes, weights):
 def get_summary(title, figures, about, names):
     """The lines that end the log and the output: what is odd, then a table of both networks."""
     apart = [f"{name}: PyTorch {a}, OpenCV {b}" for name, a, b in figures["disagreements"]]
-    lines, read = [], figures["read"]
+    lines, read, total = [], figures["read"], figures["pictures"]
     for what, found in (
         ("skipped", [reason for _, reason in figures["skipped"]]),
         ("wrong, since the logits are nan", figures["nan"]),
         ("not the same class", apart),
     ):
-        lines += [f"{what}: {len(found)} pictures"] if found else []
-        lines += [f"* {item}" for item in found[:SHOWN]]
-    lines += [f"NOTE: {note}" for note in figures["notes"]] + textwrap.wrap(title, WIDTH)
-    count = read if read == figures["pictures"] else f"{read} of {figures['pictures']}"
-    header = f"{'PARTIAL: ' if figures['partial'] else ''}{count} pictures"
+        if found:
+            lines += [f"{what}: {len(found)} pictures", *(f"* {item}" for item in found[:SHOWN])]
+    lines += [*(f"NOTE: {note}" for note in figures["notes"]), title]
+    header = "PARTIAL: " if figures["partial"] else ""
+    header += f"{read} pictures" if read == total else f"{read} of {total} pictures"
     lines.append(f"{header:44}" + "".join(f"{name:>17}" for name in NETWORKS.values()))
     for label, key in (
         (f"top-1 accuracy, % of {read}", "top1"),
@@ -140,16 +145,17 @@ def get_summary(title, figures, about, names):
     if about["preprocess"] == "tutorial":
         lines.append("prepared as in the tutorial, not as the network's own are: another accuracy")
     if about["transform"]:
-        lines.append(f"PyTorch's are prepared by {about['transform']}, OpenCV's by cv2 and NumPy:")
-        lines.append("the differences from end to end are reported, and not judged")
-    threads = ", ".join(f"{name} {n}" for name, n in about["threads"].items())
-    each = f", in each of {about['processes']} processes" if about["processes"] > 1 else ""
+        how = "OpenCV's by cv2: the differences are reported, not judged"
+        lines.append(f"PyTorch's are prepared by {about['transform']}, {how}")
     if about["threshold"] is not None:
         lines.append(f"one output: the answer is class 1 if it is above {about['threshold']}")
+    threads = ", ".join(f"{name} {n}" for name, n in about["threads"].items())
+    each = f", in each of {about['processes']} processes" if about["processes"] > 1 else ""
     lines.append(f"OpenCV's engine: {about['engine']}; threads: {threads}{each}")
-    lines.append(f"PyTorch vs OpenCV: {Difference(**figures['difference'])}")
-    lines += ["most often confused, label -> PyTorch's answer:"] if figures["confused"] else []
-    lines += [f"* {names[a]} -> {names[b]}: {n}" for a, b, n in figures["confused"]]
+    lines.append(f"PyTorch vs OpenCV: {figures['difference']}")
+    if figures["confused"]:
+        lines.append("most often confused, label -> PyTorch's answer:")
+        lines += [f"* {names[a]} -> {names[b]}: {n}" for a, b, n in figures["confused"]]
     return lines
 
 
@@ -167,17 +173,6 @@ def get_log_lines(table, classes):
     return lines
 
 
-def get_cells(row, names):
-    """{column: value} of a picture in the table, with the names of the classes beside their IDs."""
-    cells = {}
-    for field, value in row._asdict().items():
-        cells[field] = value
-        if field == "label" or field.endswith("_class"):
-            name = f"{field.removesuffix('_class')}_name"
-            cells[name] = None if value is None else names[value]
-    return cells
-
-
 def write_results(folder, rows, total, names, about):
     """Write the table, log, JSON, chart and sheet into the folder; print and return the figures.
 
@@ -185,133 +180,96 @@ def write_results(folder, rows, total, names, about):
     names: of the classes. about: what the summary says beside the figures.
     """
     weights, classes = about["weights"], len(names)
-    figures = get_figures(rows, total, classes, weights)
     title = f"{about['name']}, {'RANDOM' if weights == RANDOM else weights} weights"
-    names = [*names, "nan"]  # that of NO_ANSWER
-    short = [name.partition(",")[0] for name in names]  # the first of its synonyms
-    table, lines = get_table(rows), get_summary(title, figures, about, short)
-    cells, csv_file = [get_cells(row, names) for row in rows], io.StringIO()
-    csv.writer(csv_file).writerows([cells[0], *(row.values() for row in cells)])
-    # JSON has no nan
-    difference = {k: v if np.isfinite(v) else None for k, v in figures["difference"].items()}
-    summary = about | figures | {"difference": difference}
+    title = "\n".join(textwrap.wrap(title, 64))
+    short = [name.partition(",")[0] for name in (*names, "nan")]  # the first of its synonyms
+    names = {None: None, NO_ANSWER: "nan"} | dict(enumerate(names))
+    rows = [row._replace(**{b: names[getattr(row, a)] for a, b in NAMES.items()}) for row in rows]
+    table, figures = get_table(rows), get_figures(rows, total, classes, weights)
+    lines, csv_file = get_summary(title, figures, about, short), io.StringIO()
+    csv.writer(csv_file).writerows([Row._fields, *rows])
+    # JSON has no nan: null stands for it
+    summary = json.loads(json.dumps(about | figures, default=vars), parse_constant=lambda _: None)
     start = f"{folder}/{'partial_' if figures['partial'] else ''}"
     for what, end, text in (
         ("table", "pictures.csv", csv_file.getvalue()),
         ("log", "log.txt", "\n".join([title, *get_log_lines(table, classes), *lines, ""])),
-        ("summary", "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n"),
+        ("summary", "summary.json", json.dumps(summary, indent=2) + "\n"),
     ):
         with whole_file(f"{start}{end}") as part:
             # the name of a file may have bytes that aren't UTF-8
             part.write_text(text, "utf-8", "backslashreplace", newline="")
         lines.append(f"{what}: {start}{end}")
     print(*lines, sep="\n", flush=True)
-    draw(Path(f"{start}time.png"), draw_times, table, figures, title)
+    draw("chart", f"{start}time.png", draw_times, table, figures, title)
     wrong = table[table.pytorch_rank > 1]
     surest = wrong[np.argsort(-wrong.pytorch_probability, kind="stable")][:SHEET]
-    draw(Path(f"{start}wrong.png"), draw_wrong, surest, about["pictures_root"], short, title)
+    if len(wrong):
+        draw("wrong pictures", f"{start}wrong.png", draw_wrong, surest, about, short, title)
     if not figures["partial"]:
         for path in folder.glob("partial_*"):
             path.unlink(missing_ok=True)
     return figures
 
 
-def draw(path, function, *args):
-    """Draw a PNG. What can't be drawn is left out with a line: the figures are written already."""
+def draw(what, path, function, *args):
+    """Save what the function draws. A failure costs a line: the figures are written already."""
     try:
-        import matplotlib
+        from matplotlib import figure, rcParams  # pyplot would need a display, or a backend
 
-        path.unlink(missing_ok=True)  # an older one
-        with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of each letter that no font has
-            function(path, *args)
+        rcParams["text.parse_math"] = False  # a name may have two "$"
+        sheet = figure.Figure(layout="constrained")
+        with whole_file(path) as part, catch_warnings(record=True, action="always") as caught:
+            function(sheet, *args)
+            sheet.savefig(part)
+        print(f"{what}: {path}")
+        for warning in caught[:1]:  # of letters that no font has
+            print(f"{path}: {warning.message} Install one that has it (fonts-noto-cjk)")
     except Exception as error:  # whatever matplotlib raises
         print(f"{path}: left out: {type(error).__name__}: {one_line(error)}")
 
 
-def draw_times(path, table, figures, title):
+def draw_times(figure, table, figures, title):
     """Draw the inference time of each batch, and the median."""
-    # Figure, not pyplot: it needs no display and no choice of a backend
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure.set_size_inches(10.8, 5.4)
     axes = figure.add_subplot(xlabel="batch", ylabel="ms per picture")
-    title = f"{title}: inference time, {len(table)} pictures"
-    axes.set_title("\n".join(textwrap.wrap(title, 80)))
-    batches = np.array([batch[0] for batch in get_batches(table)])
+    axes.set_title(f"{title}: inference time, {len(table)} pictures")
     for color, (name, network) in zip(("C0", "C1"), NETWORKS.items(), strict=True):
         median = figures[name]["ms_median"]
         label = f"{network}: median {median:.2f} ms"
-        axes.plot(batches["batch"], batches[f"{name}_ms"], color, marker=".", label=label)
+        axes.plot(table.batch, table[f"{name}_ms"], color, marker=".", label=label)
         axes.axhline(median, color=color, linestyle="--", linewidth=1)
     axes.set_ylim(bottom=0, top=1.15 * axes.get_ylim()[1])
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
-    with whole_file(path) as part:
-        figure.savefig(part, dpi=120)
-    print(f"chart: {path}")
 
 
-def draw_wrong(path, rows, root, names, title):
+def draw_wrong(figure, rows, about, names, title):
     """Draw the pictures of these rows with the names of their labels and of PyTorch's answers."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    shown = []
-    for row in rows:
+    lines = -(-len(rows) // 4)
+    figure.set_size_inches(12, 0.6 + 3.6 * lines)
+    figure.suptitle(f"{title}: the surest of the wrong answers", fontsize=14)
+    fonts = find_fonts(str(rows.tolist()))
+    for place, row in enumerate(rows, 1):
+        picture = read_picture(Path(about["pictures_root"], row.picture))[:, :, ::-1]
         answer = f"PyTorch: {100 * row.pytorch_probability:.0f} %, {names[row.pytorch_class]}"
         captions = [row.picture, f"label: {names[row.label]}", answer]
+        captions = [text if len(text) <= 40 else f"{text[:20]}...{text[-17:]}" for text in captions]
         captions = ["".join(c if c.isprintable() else "?" for c in text) for text in captions]
-        try:
-            shown.append((read_picture(Path(root, row.picture)), captions))
-        except RequestError as error:  # deleted meanwhile, for instance
-            print(f"{path}: left out: {error}")
-    if not shown:
-        return
-    letters = "".join(text for _, captions in shown for text in captions)
-    matplotlib.rcParams["font.family"] = find_fonts(path, letters)
-    lines = -(-len(shown) // 4)
-    figure = Figure(figsize=(12, 0.6 + 3.6 * lines), dpi=100, layout="constrained")
-    title = f"{title}: the surest of the wrong answers"
-    figure.suptitle("\n".join(textwrap.wrap(title, 90)), fontsize=14)
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    for place, (picture, captions) in enumerate(shown, 1):
-        zoom = 400 / max(picture.shape)
-        size = [max(1, round(zoom * side)) for side in picture.shape[1::-1]]
-        axes = figure.add_subplot(lines, 4, place, box_aspect=1, xticks=[], yticks=[])
-        axes.set_frame_on(False)
-        axes.imshow(cv2.resize(picture, size, interpolation=cv2.INTER_AREA)[:, :, ::-1])
-        axes.set_aspect("equal", adjustable="datalim")
-        axes.set_xlabel("\n".join(shorten(text, renderer) for text in captions), fontsize=10)
-    with whole_file(path) as part:
-        figure.savefig(part)
-    print(f"wrong pictures: {path}")
+        axes = figure.add_subplot(lines, 4, place, xticks=[], yticks=[], frame_on=False)
+        axes.imshow(ImageOps.pad(Image.fromarray(picture), (400, 400), color="white"))
+        caption = axes.set_xlabel("\n".join(captions), fontfamily=fonts)
+        # 40 letters can be wider than a picture, which has 290 px
+        caption.set_fontsize(10 * min(1, 280 / caption.get_window_extent().width))
 
 
-def find_fonts(path, letters):
-    """Families of installed fonts that have all the letters; it's said if the PNG lacks some."""
-    from matplotlib.font_manager import fontManager, get_font
+def find_fonts(letters):
+    """DejaVu Sans, and the families of installed fonts that have letters which it lacks."""
+    from matplotlib.font_manager import findfont, fontManager, get_font
 
-    missing, families = set(map(ord, letters)), []
-    for font in sorted(fontManager.ttflist, key=lambda font: font.name != "DejaVu Sans"):
-        found = missing and missing & get_font(font.fname).get_charmap().keys()
-        if found and not font.name.startswith("Last Resort"):  # which has a box for everything
-            families.append(font.name)
-            missing -= found
-    if missing:
-        hint = "install one (fonts-noto-cjk has Chinese, Japanese and Korean)"
-        print(f"{path}: no installed font has U+{min(missing):04X} ...: {hint}")
-    return families
-
-
-def shorten(text, renderer, limit=280):
-    """The text without its middle, so that a caption is at most `limit` px wide."""
-    from matplotlib.font_manager import FontProperties
-
-    font, short, kept = FontProperties(size=10), text, len(text)
-    while renderer.get_text_width_height_descent(short, font, False)[0] > limit:
-        kept -= 1
-        short = f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
-    return short
+    missing = {*map(ord, letters)} - get_font(findfont("DejaVu Sans")).get_charmap().keys()
+    fonts = [f for f in fontManager.ttflist if f.weight == 400] if missing else []
+    found = {f.name for f in fonts if missing & get_font(f.fname).get_charmap().keys()}
+    # the font of last resort has a box for everything
+    return ["DejaVu Sans", *sorted(name for name in found if not name.startswith("Last Resort"))]

@@ -92,14 +92,15 @@ def get_logits(name, folder, engine, number):
     import torch
 
     from classification import ENGINES
-    from evaluation import get_tutorial_blob
+    from evaluation import Plan, get_blobs
     from networks import Request, load_network
     from verify import run_opencv, run_pytorch
 
     network = load_network(Request(name, "random"))
     p = replace(network.preprocessing, resize=(), initial_width=256, initial_height=256)
     paths = [f"{folder}/{n}" for n in sorted(os.listdir(folder))[:number]]
-    blob = np.stack([get_tutorial_blob(path, p) for path in paths])
+    plan = Plan("tutorial", p, "", "RGB", engine, number)
+    blob = np.concatenate([get_blobs(path, plan, None) for path in paths])
     net = cv2.dnn.readNetFromONNX(f"models/{name}-random.onnx", ENGINES[engine])
     model = network.model.to(memory_format=torch.channels_last)
     logits = run_pytorch(model, blob)

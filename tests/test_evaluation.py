@@ -313,7 +313,8 @@ def test_tutorials_blob():
     transforms = v2.Compose([v2.CenterCrop(224), normalize])
     expected = transforms(torch.from_numpy(rgb).permute(2, 0, 1)).numpy()
     tutorials = replace(IMAGENET, resize=(), initial_width=256, initial_height=256)
-    blob = evaluation.get_tutorial_blob(PICTURES / "koala.jpg", tutorials)
+    plan = Plan("tutorial", tutorials, "", "RGB", "new", 1)
+    (blob,) = evaluation.get_blobs(PICTURES / "koala.jpg", plan, None)
     assert blob.dtype == np.float32
     assert np.abs(blob - expected).max() < 1e-5
 
@@ -383,6 +384,14 @@ def test_from_end_to_end(grey, folder):
     assert summary["difference"]["same_class"] == 1
     assert (summary["pytorch"]["top1"], summary["opencv"]["top1"]) == (20, 100)
     assert "not the same class: 4 pictures" in output and "not judged" in output
+    # a picture that the transform fails on is skipped, and no other gets its label
+    (folder / "mine.py").write_text(TRANSFORM.replace("SHIFT", "(0 // int(x.max() != 3))"))
+    result = grey(pictures, *options, preprocessing=())
+    check_one_line(result, "1 of 5 pictures", code=1)
+    assert "skipped: 1 pictures\n* set/3.png: it fails with ZeroDivisionError: " in result.stdout
+    rows = read_table(folder)
+    assert [row["pytorch_class"] for row in rows] == ["0", "1", "2", "", "4"]
+    assert [row["opencv_class"] for row in rows] == ["0", "1", "2", "", "4"]
 
 
 # --- odd requests and data ------------------------------------------------------------------------
@@ -471,7 +480,7 @@ def test_a_sheet_of_odd_pictures_and_names(grey, folder):
     result = grey(pictures, "--classes", "odd.txt")
     sheet = cv2.imread(str(find_result(folder, "wrong.png")))
     assert result.stderr == "" and sheet.shape[0] > 600
-    assert result.stdout.count("no installed font has U+") <= 1
+    assert result.stdout.count("missing from font(s)") <= 1
     for column in range(1, 4):  # nothing is drawn across the gaps between the pictures
         assert (sheet[60:, 300 * column - 1 : 300 * column + 1] == 255).all()
     assert read_table(folder)[1]["label_name"] == names[1]

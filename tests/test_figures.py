@@ -1,5 +1,6 @@
 """The figures of an evaluation and the choice of the engine, against values computed here."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,10 +70,10 @@ def test_differences_are_of_all_pictures(figures, logits):
     relative = [apart[b].max() / np.abs(logits["pytorch"][b]).max() for b in BATCHES]
     assert np.argmax(relative) == 3
     assert max(relative) > 1.5 * apart.max() / np.abs(logits["pytorch"]).max()
-    assert figures["difference"]["l1"] == pytest.approx(apart.mean(), rel=1e-6)
-    assert figures["difference"]["l_inf"] == pytest.approx(apart.max(), rel=1e-6)
-    assert figures["difference"]["relative"] == pytest.approx(max(relative), rel=1e-6)
-    assert figures["difference"]["same_class"] == figures["difference"]["pictures"] == 11
+    assert figures["difference"].l1 == pytest.approx(apart.mean(), rel=1e-6)
+    assert figures["difference"].l_inf == pytest.approx(apart.max(), rel=1e-6)
+    assert figures["difference"].relative == pytest.approx(max(relative), rel=1e-6)
+    assert figures["difference"].same_class == figures["difference"].pictures == 11
 
 
 def test_the_relative_error_is_of_the_largest_peak(rows):
@@ -103,17 +104,17 @@ def test_disagreements_name_the_picture():
     assert [(row.pytorch_rank, row.opencv_rank) for row in rows] == [(1, 1), (1, 2)]
     figures = results.get_figures(rows, 2, 2, "own")
     assert figures["disagreements"] == [("1.jpg", 0, 1)]
-    assert figures["difference"]["same_class"] == 1
+    assert figures["difference"].same_class == 1
     assert figures["pytorch"]["top1"] == 100 and figures["opencv"]["top1"] == 50
 
 
 def test_nan_is_the_largest_difference(rows):
     rows[5] = rows[5]._replace(l_inf=float("nan"))
-    assert np.isnan(results.get_figures(rows, 11, 30, "own")["difference"]["relative"])
+    assert np.isnan(results.get_figures(rows, 11, 30, "own")["difference"].relative)
 
 
 def test_the_limit_of_a_finished_evaluation():
-    difference = {"l1": 0.0, "l_inf": 0.0, "relative": 0.99e-4, "same_class": 2, "pictures": 3}
+    difference = Difference(0.0, 0.0, 0.99e-4, same_class=2, pictures=3)
     figures = {"difference": difference, "skipped": ["a"], "pictures": 100, "nan": []}
     evaluation.check_figures(figures)  # a tie that falls the other way isn't a fault
     with pytest.raises(RequestError, match="1 of 99 pictures can't be read") as skipped:
@@ -121,7 +122,8 @@ def test_the_limit_of_a_finished_evaluation():
     assert skipped.value.exit_code == 1
     for relative in (1.01e-4, float("nan")):
         with pytest.raises(NetworksDisagree):
-            evaluation.check_figures(figures | {"difference": difference | {"relative": relative}})
+            difference = replace(difference, relative=relative)
+            evaluation.check_figures(figures | {"difference": difference})
 
 
 @pytest.mark.parametrize("fastest", ["new", "classic"])
@@ -161,10 +163,7 @@ def test_agree(change, agree):
 
 def get_notes(differences, classes=10, weights="own"):
     """What is said of answers that are so far from their labels."""
-    rows = [
-        results.Row(i, "", 20, 20 + d, 20, 1, 1, 0.5, 0.5, 0.5, 0.5, 0, 0, 1, 1, 1, 0, False)
-        for i, d in enumerate(differences)
-    ]
+    rows = [results.Row(i, "", 20, pytorch_class=20 + d) for i, d in enumerate(differences)]
     return results.get_notes(results.get_table(rows), classes, weights)
 
 
@@ -191,14 +190,14 @@ def test_the_sheet_shows_the_surest_first(tmp_path, rows, monkeypatch):
     rows = [rows[0]._replace(number=i, pytorch_rank=1 + (i != 3), opencv_rank=1) for i in range(15)]
     rows = [row._replace(pytorch_probability=(7 * row.number % 15) / 15) for row in rows]
     drawn = []
-    monkeypatch.setattr(results, "draw", lambda path, function, *args: drawn.append((path, args)))
+    monkeypatch.setattr(results, "draw", lambda *args: drawn.append(args))
     about = {"weights": "own", "name": "x", "published": {}, "pictures_root": "", "channels": ""}
     about |= {"threads": {}, "processes": 1, "engine": "new", "transform": "", "threshold": None}
     about["preprocess"] = "own"
     results.write_results(tmp_path / "a", rows, 15, ["a"] * 30, about)
-    (_, _), (path, (surest, *_)) = drawn
+    _, (_, path, _, surest, *_) = drawn
     expected = sorted((i for i in range(15) if i != 3), key=lambda i: -(7 * i % 15))[:12]
-    assert path.name == "wrong.png" and surest.number.tolist() == expected
+    assert path.endswith("/a/wrong.png") and surest.number.tolist() == expected
 
 
 def test_a_summary_fits_into_100_columns(tmp_path, rows, capsys, monkeypatch):
