@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import http.client
 import importlib.util
+import inspect
 import os
 import re
 import socket
@@ -21,23 +22,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils._pytree import tree_leaves
 from torchvision import models
 
 from checkpoints import find_state_dict, read_checkpoint
-from class_names import find_class_names
-from classification import RANDOM, RequestError, one_line, scale_resize
-from common import SCRIPT_DIR, SEED, Preprocessing, Request, get_digest, read_tutorial
-from default_preprocess_config import PYTORCH_RSZ_HEIGHT, pytorch_resize_input_blob
-from forward import adapt_own, get_dtype, no_autocast, run_forward, takes_grey
-from preprocessing import GREY, run_transform
-from transforms import find_in_config, find_transform, is_factory, measure_and_prove
-
-# torchvision's: the shorter side resized to 256, the centre cut out
-IMAGENET = Preprocessing(
-    **{k: v for k, v in read_tutorial(pytorch_resize_input_blob).items() if "initial" not in k},
-    resize=(PYTORCH_RSZ_HEIGHT,),
+from classification import (
+    RANDOM,
+    TORCHVISION,
+    RequestError,
+    one_line,
+    read_picture,
+    scale_resize,
 )
+from common import SCRIPT_DIR, SEED, Preprocessing, Request, find_bundled, get_digest, read_tutorial
+from forward import adapt_own, get_dtype, no_autocast, run_forward, takes_grey
+from preprocessing import GREY, get_parts, measure, read_pil, run_transform
+from test_config import CLS_TEST_DATA_DIR
+
+IMAGENET = Preprocessing(**read_tutorial(TORCHVISION))
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
 # torchvision's weights for these two expect pictures that aren't normalized as ImageNet's are, and
@@ -49,14 +52,22 @@ BUILD_OPTIONS = {
 }
 
 
+# As training scripts, transformers, ultralytics and ImageFolder call the class names.
+CLASS_NAMES = ("class_names", "classes", "id2label", "idx_to_class", "names", "class_to_idx")
+
+# In grey levels, the mean over a picture. For scale: transforms of tensors, which round elsewhere,
+# are up to 0.31 from Pillow's; Lanczos for bicubic is 1.4, a crop that is a pixel further 9.7.
+MAX_DIFFERENCE = 0.5
+
+
 @dataclass
 class Network:
     """A classifier in PyTorch: float32 (batch, 3, height, width) to logits (batch, classes)."""
 
     request: Request  # as fulfilled: with random weights if the default ones can't be downloaded
-    weights: str  # torchvision's name, the file's name, "random", or "own"
-    model: object  # torch.nn.Module in eval mode
-    preprocessing: Preprocessing
+    weights: str = ""  # torchvision's name, the file's name, "random", or "own"
+    model: object = None  # torch.nn.Module in eval mode
+    preprocessing: Preprocessing = IMAGENET
     declared: bool = True  # whether somebody says how it wants its pictures
     transform: object = None  # of PIL pictures, that the preprocessing was measured on
     transform_name: str = ""
@@ -71,9 +82,7 @@ def load_network(request, or_random=True, test_picture=None):
     If torchvision's weights can't be downloaded it gets random ones, and stderr says so, unless
     or_random=False. Raises RequestError for that, and for whatever else can't be loaded.
     """
-    network = Network(request, request.weights.lower(), None, IMAGENET)
-    if request.transform:
-        network.transform, network.transform_name = load_transform(request.transform)
+    network = Network(request)
     if request.is_own:
         load_own(network, test_picture)
     else:
@@ -105,24 +114,20 @@ def load_torchvisions(network, test_picture, or_random):
     request, known = network.request, get_torchvision_weights(network.request.name)
     default = next(iter(known.values()))
     entry = known.get(request.weights.upper()) if request.weights else default
-    if not network.transform:
-        network.transform = (entry or default).transforms()
-        network.transform_name = "torchvision's transforms"
-    measure_and_prove(network, request.size, test_picture)
+    set_preprocessing(network, request.size, test_picture, (entry or default).transforms())
     build = partial(build_torchvisions, request.name, request.width or network.preprocessing.width)
     if request.is_file:
-        network.model, network.weights = load_weights(request, build), Path(request.weights).name
+        load_weights(network, build)
         if request.name in BUILD_OPTIONS:
             note = "assuming it was trained with transform_input=True; if not, give MODULE:FUNCTION"
             print(f"NOTE: {request.weights}: {note}", file=sys.stderr)
     elif entry:
-        network.model = download_torchvisions(request.name, build, entry, or_random)
-        network.weights, network.published = entry.name, entry.meta["_metrics"]["ImageNet-1K"]
+        download_torchvisions(network, build, entry, or_random)
     elif not request.is_random:
         choices = ", ".join([*known, RANDOM])
         raise RequestError(f"--weights {request.weights}: not a file, and not one of {choices}")
     if network.model is None:
-        network.request, network.published = replace(request, weights=RANDOM), {}
+        network.request = replace(request, weights=RANDOM)
         network.model, network.weights = build(), RANDOM
     network.model.eval()
 
@@ -153,8 +158,8 @@ def build_torchvisions(name, size, **options):
         raise RequestError(f"{problem}; give another --frame_size") from None
 
 
-def download_torchvisions(name, build, entry, or_random):
-    """The network with torchvision's weights; None if they can't be had and random ones may be."""
+def download_torchvisions(network, build, entry, or_random):
+    """Give a Network torchvision's weights; none if they can't be had and random ones may be."""
     path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
     # the name ends in the start of its SHA-256; torch checks that only when it downloads the file
     if path.is_file() and not get_digest(path).startswith(path.stem.rpartition("-")[2]):
@@ -162,47 +167,161 @@ def download_torchvisions(name, build, entry, or_random):
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub has no time limit
     try:
-        return build(weights=entry, progress=sys.stderr.isatty())
+        network.model = build(weights=entry, progress=sys.stderr.isatty())
+        network.weights, network.published = entry.name, entry.meta["_metrics"]["ImageNet-1K"]
     # RuntimeError: the hash doesn't fit; HTTPException: the answer isn't HTTP
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = one_line(getattr(error, "reason", error))
+        reason = f"{network.request.name}'s weights can't be downloaded: {path.name}: {reason}"
+        if not or_random:
+            hint = f"put it into {path.parent}, or give --weights {RANDOM}"
+            raise RequestError(f"{reason}: {hint}") from None
+        effect = "which prove the conversion just as well, but give meaningless answers"
+        print(f"WARNING: {reason}: continuing with RANDOM WEIGHTS, {effect}", file=sys.stderr)
     finally:
         socket.setdefaulttimeout(before)
-    reason = f"{name}'s weights can't be downloaded: {path.name}: {reason}"
-    if not or_random:
-        raise RequestError(f"{reason}: put it into {path.parent}, or give --weights {RANDOM}")
-    effect = "which prove the conversion just as well, but give meaningless answers"
-    print(f"WARNING: {reason}: continuing with RANDOM WEIGHTS, {effect}", file=sys.stderr)
-    return None
 
 
 def load_own(network, test_picture):
     """Fill in the Network of a Request for "module:function"."""
     request, build = network.request, partial(build_own, network.request.name)
     if request.is_file:
-        network.model, network.weights = load_weights(request, build), Path(request.weights).name
+        load_weights(network, build)
     elif request.weights and not request.is_random:
         raise RequestError(f"--weights {request.weights}: no such file")
     else:
-        network.model, network.weights = build(), RANDOM if request.is_random else "own"
-    if network.weights == "own":
+        network.model, network.weights = build(), request.weights.lower() or "own"
+    if not request.weights:
         print(f"{request.name}: using the weights the function returns it with")
     if size := find_in_config(network.model, "image_size"):  # or (height, width)
         size = (size, size) if isinstance(size, int) else tuple(size)[::-1]
         network.preprocessing = scale_frame(IMAGENET, *size)
-    if not network.transform:
-        network.transform, network.transform_name = find_transform(request.name, network.model)
-    if network.transform and measure_and_prove(network, request.size or size, test_picture):
+    set_preprocessing(network, request.size or size, test_picture)
+    if network.transform is None:
+        network.declared, p = False, network.preprocessing
+        if takes_grey(network.model, p.width, p.height):
+            network.mix = np.append(GREY, 0)[None]
+
+
+def set_preprocessing(network, size, test_picture, torchvisions=None):
+    """Give a Network the preprocessing that its transform is measured to do, and prove it.
+
+    size: (width, height), px, that pictures are resized to if the transform doesn't resize, or
+    None. Raises RequestError if get_blob can't do what the user's transform does. If it can't do
+    what a library's does, that is a NOTE, since the network is right all the same.
+    """
+    request, paths = network.request, sorted(Path(find_bundled(CLS_TEST_DATA_DIR)).glob("*.jpg"))
+    theirs, name = torchvisions, "torchvision's transforms"
+    if request.transform:
+        theirs, name = load_transform(request.transform), request.transform
+    elif not torchvisions:
+        theirs, name = find_transform(request.name, network.model)
+    if not theirs:
         return
-    network.declared, network.transform, p = False, None, network.preprocessing
-    if takes_grey(network.model, p.width, p.height):
-        network.mix = np.append(GREY, 0)[None]
+    mode = "RGB"
+
+    def transform(picture):
+        picture = picture.resize(size, 2) if size else picture  # 2: bilinear
+        return theirs(picture.convert(mode))
+
+    try:
+        shapes = [run_transform(theirs, Image.new("RGB", s)).shape for s in ((64, 48), (50, 70))]
+        if [shape[1:] for shape in shapes] != [(48, 64), (70, 50)]:
+            size = None
+        elif not size:
+            raise ValueError("it doesn't resize, so give the network's size as --frame_size")
+        pictures = [np.asarray(read_pil(path)) for path in paths[:3]]
+        channels, height, width = run_transform(transform, pictures[0]).shape
+        if channels == 3 and request.is_own and takes_grey(network.model, width, height):
+            mode = "L"  # as MNIST's pictures are
+        measured, _ = measure(transform, pictures)
+        network.preprocessing, network.mix = measured.preprocessing, measured.mix
+        network.transform, network.transform_name = transform, name
+        if test_picture and not any(path.samefile(test_picture) for path in paths):
+            paths.append(test_picture)
+        how = prove(measured, paths)
+        swapped = "; it takes pictures in RGB, and makes BGR of them"
+        swapped = "" if measured.preprocessing.rgb else swapped
+        print(f"preprocessing: the same pixels as {name} {how}{swapped}")
+    except ValueError as problem:
+        if request.transform:
+            raise RequestError(f"--transform {name}: {problem}") from None
+        print(f"NOTE: {name}: {problem}", file=sys.stderr)
 
 
 def load_transform(name):
-    """(The user's transform that "module:name" names, the name)."""
+    """The user's transform that "module:name" names, or that this makes without arguments."""
     with your_code("--transform", name) as found:
-        return found() if is_factory(found) else found, name
+        return found() if is_factory(found) else found
+
+
+def is_factory(transform):
+    """Whether it makes a transform: a class, or a function that needs no arguments."""
+    if not inspect.isroutine(transform) and not isinstance(transform, partial):
+        return inspect.isclass(transform)
+    try:
+        inspect.signature(transform).bind()
+    except TypeError:
+        return False
+    return True
+
+
+def find_transform(name, model):
+    """(the transform of PIL pictures that a network comes with, its name), or (None, "").
+
+    That is timm's create_transform for a module with a dictionary `pretrained_cfg`, and the image
+    processor of a folder from which transformers has loaded the network.
+    """
+    carriers = [m for m in model.modules() if isinstance(getattr(m, "pretrained_cfg", None), dict)]
+    folder = find_in_config(model, "_name_or_path") or ""
+    about = Path(folder, "preprocessor_config.json")
+    try:
+        if carriers and (carriers[0] is model or len(carriers) == 1):
+            from timm.data import create_transform, resolve_model_data_config
+
+            config = resolve_model_data_config(carriers[0])
+            size = getattr(getattr(carriers[0], "patch_embed", None), "img_size", None)
+            if size:  # of create_model(img_size=160), which resolve_model_data_config ignores
+                config["input_size"] = (3, *size)
+            return create_transform(**config), "timm's create_transform"
+        if folder and about.is_file():
+            from transformers import AutoImageProcessor
+
+            return AutoImageProcessor.from_pretrained(folder), f"the image processor of {about}"
+    except Exception as error:  # whatever these libraries raise; ImportError: one isn't installed
+        reason = f"{type(error).__name__}: {one_line(error)[:150]}"
+        print(f"NOTE: {name}: its library's transform can't be made: {reason}", file=sys.stderr)
+    return None, ""
+
+
+def find_in_config(model, name):
+    """What the config of a transformers network, or of one inside a module, has by this name."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return next((value for c in configs if (value := getattr(c, name, None))), None)
+
+
+def prove(measured, paths):
+    """How far get_blob is from the transform on these pictures, from the file on, in words.
+
+    Two parts of each are compared as well, whose sizes tell a centre that is rounded from one that
+    is floored. Raises ValueError if the mean difference in one is over MAX_DIFFERENCE.
+    """
+    found, p = [], measured.preprocessing
+    for path in paths:
+        picture = read_picture(path)[..., ::-1]
+        if not np.array_equal(picture, read_pil(path)):
+            print(f"{path}: left out, since Pillow reads other pixels than OpenCV")
+            continue
+        for part in (picture, *get_parts(picture, p.resize[0], p)):
+            difference = measured.compare(part, run_transform(measured.transform, part))
+            found.append((float(difference.mean()), float(difference.max()), str(path)))
+    mean, _, worst = max(found)
+    how = f"mean difference {mean:.3f}, at most {max(d for _, d, _ in found):.0f} grey levels"
+    if mean > MAX_DIFFERENCE:
+        nearest = f"--resize {' '.join(map(str, p.resize))} --interpolation {p.interpolation}"
+        nearest += f" --center {p.center}"
+        raise ValueError(f"no options do the same: {how}, in {worst}; the nearest: {nearest}")
+    return f"on {len(found) // 3} pictures ({how})"
 
 
 def add_grey(network):
@@ -322,13 +441,14 @@ def calibrate(model, width, height):
         hook.remove()
 
 
-def load_weights(request, build):
-    """The network of build(), with the weights of a checkpoint file.
+def load_weights(network, build):
+    """Give a Network the model of build(), with the weights of its request's file.
 
     The head of torchvision's networks is sized by the file: build(num_classes=...). Raises
     RequestError if the file is damaged, holds no state dict, or another network's.
     """
-    path, model, checkpoint = request.weights, build().float(), read_checkpoint(request.weights)
+    request, path = network.request, network.request.weights
+    model, checkpoint = build().float(), read_checkpoint(path)
     wanted = model.state_dict()
     check_float(path, checkpoint)
     state = find_state_dict(checkpoint, wanted, path, request.weights_key)
@@ -349,7 +469,29 @@ def load_weights(request, build):
         if not torch.isfinite(value).all():
             raise RequestError(f"{path}: {key} isn't a tensor of finite numbers")
     model.class_names = find_class_names(checkpoint)
-    return model.eval()
+    network.model, network.weights = model.eval(), Path(path).name
+
+
+def find_class_names(about):
+    """The names in a dictionary or in one in it, in the order of the classes; [] for none."""
+    for values in (about, *(value for value in about.values() if isinstance(value, dict))):
+        for names in (values[key] for key in CLASS_NAMES if key in values):
+            names = sort_names(names) if isinstance(names, dict) else names
+            is_list = isinstance(names, (list, tuple, np.ndarray))
+            if not is_list or not all(isinstance(name, str) for name in names):
+                continue
+            # transformers and ultralytics have numbers if nobody gave names
+            if not all(re.fullmatch(r"(LABEL_|class)?\d+", name) for name in names):
+                return [" ".join(name.split()) for name in names]
+    return []
+
+
+def sort_names(names):
+    """The names of {class ID: name} or {name: class ID}, in the order of the IDs."""
+    if all(isinstance(value, int) for value in names.values()):
+        names = {value: name for name, value in names.items()}
+    ids = (key for key in names if str(key).isdecimal())
+    return [names[key] for key in sorted(ids, key=int)]
 
 
 def check_float(source, values):
