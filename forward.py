@@ -28,9 +28,8 @@ WRAP = "give MODULE:FUNCTION of a module around the network that"
 
 # Functions that read values without an operator; torch.tensor([x.mean()]) writes a constant.
 READERS = {
-    "numpy", "tolist", "item", "__array__", "__dlpack__", "apply_", "map_", "map2_",
-    "__bool__", "__int__", "__index__", "__float__", "__complex__",
-    "tensor", "as_tensor", "asarray", "new_tensor", "sparse_coo_tensor",
+    "numpy", "tolist", "__array__", "__dlpack__", "__float__", "__index__", "apply_", "map_",
+    "map2_", "tensor", "as_tensor", "asarray", "new_tensor", "sparse_coo_tensor",
 }  # fmt: skip
 
 
@@ -63,10 +62,7 @@ def get_dtype(model):
 
 @contextlib.contextmanager
 def no_autocast():
-    """Switch autocast off, also where a network's code switches it on; yield the dtypes it names.
-
-    An outer autocast(enabled=False) would lose to the network's own.
-    """
+    """Switch autocast off, also a network's own, which wins over an outer one; yield its dtypes."""
     dtypes = set()
 
     def enter(autocast):
@@ -78,10 +74,7 @@ def no_autocast():
 
 
 def run_forward(model, batch):
-    """What the network returns for a tensor (batch, 3, height, width).
-
-    If its code fails, RequestError says where, and what to do.
-    """
+    """What the network returns for a tensor (batch, 3, height, width); RequestError if it fails."""
     try:
         with torch.no_grad():
             return model(batch)
@@ -137,11 +130,8 @@ def takes_grey(model, width, height):
 
 
 def find_line(frames):
-    """Your line in a stack, "FILE, line N: CODE": the last that this file has called.
-
-    "" if that is PyTorch's code alone.
-    """
-    called = [frame.filename for frame in frames].index(__file__)
+    """Your line in a stack, "FILE, line N: CODE": the last that isn't PyTorch's; "" if all are."""
+    called = [frame.filename for frame in frames].index(__file__)  # by this file, which runs yours
     others = os.path.join(os.path.dirname(torch.__file__), ""), contextlib.__file__, __file__
     yours = [frame for frame in frames[called:] if not frame.filename.startswith(others)]
     return f"{yours[-1].filename}, line {yours[-1].lineno}: {yours[-1].line}" if yours else ""

@@ -1,10 +1,10 @@
 """A name and weights in, a PyTorch network in eval mode out.
 
 The network is torchvision's or your own; its weights are torchvision's, a checkpoint file's, those
-that your function returns it with, or random.
+that your function returns it with, or random. Its preprocessing is that of your transform, or of
+the one of the library that the network comes from: measured, and proven on the bundled pictures.
 
-torch takes seconds to import, so scripts import this when they have read their options, and not at
-all for a network that was converted before.
+torch takes seconds to import, so scripts import this late, and not for a network's second run.
 """
 
 import contextlib
@@ -22,19 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils._pytree import tree_leaves
 from torchvision import models
 
 from checkpoints import find_state_dict, read_checkpoint
-from classification import (
-    RANDOM,
-    TORCHVISION,
-    RequestError,
-    one_line,
-    read_picture,
-    scale_resize,
-)
+from classification import RANDOM, TORCHVISION, RequestError, one_line, read_picture, scale_resize
 from common import SCRIPT_DIR, SEED, Preprocessing, Request, find_bundled, get_digest, read_tutorial
 from forward import adapt_own, get_dtype, no_autocast, run_forward, takes_grey
 from preprocessing import GREY, get_parts, measure, read_pil, run_transform
@@ -43,20 +35,18 @@ from test_config import CLS_TEST_DATA_DIR
 IMAGENET = Preprocessing(**read_tutorial(TORCHVISION))
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
-# torchvision's weights for these two expect pictures that aren't normalized as ImageNet's are, and
-# transform_input converts them; torchvision sets it only if it loads the weights itself. The
-# auxiliary heads are for training.
+# torchvision's weights for these two expect other pictures than ImageNet's, and transform_input
+# converts them; torchvision sets it only if it loads the weights. Auxiliary heads are for training.
 BUILD_OPTIONS = {
     name: {"transform_input": True, "aux_logits": False, "init_weights": False}
     for name in ("googlenet", "inception_v3")
 }
 
-
 # As training scripts, transformers, ultralytics and ImageFolder call the class names.
 CLASS_NAMES = ("class_names", "classes", "id2label", "idx_to_class", "names", "class_to_idx")
 
-# In grey levels, the mean over a picture. For scale: transforms of tensors, which round elsewhere,
-# are up to 0.31 from Pillow's; Lanczos for bicubic is 1.4, a crop that is a pixel further 9.7.
+# In grey levels, the mean over a picture: transforms of tensors, which round elsewhere, are up to
+# 0.31 from Pillow's, Lanczos is 1.4 from bicubic.
 MAX_DIFFERENCE = 0.5
 
 
@@ -112,16 +102,15 @@ def load_network(request, or_random=True, test_picture=None):
 def load_torchvisions(network, test_picture, or_random):
     """Fill in the Network of a Request for one of torchvision's classifiers."""
     request, known = network.request, get_torchvision_weights(network.request.name)
-    default = next(iter(known.values()))
-    entry = known.get(request.weights.upper()) if request.weights else default
-    set_preprocessing(network, request.size, test_picture, (entry or default).transforms())
+    entry = known.get(request.weights.upper(), next(iter(known.values())))
+    set_preprocessing(network, request.size, test_picture, entry)
     build = partial(build_torchvisions, request.name, request.width or network.preprocessing.width)
     if request.is_file:
         load_weights(network, build)
         if request.name in BUILD_OPTIONS:
             note = "assuming it was trained with transform_input=True; if not, give MODULE:FUNCTION"
             print(f"NOTE: {request.weights}: {note}", file=sys.stderr)
-    elif entry:
+    elif request.weights.upper() in ("", *known):
         download_torchvisions(network, build, entry, or_random)
     elif not request.is_random:
         choices = ", ".join([*known, RANDOM])
@@ -129,7 +118,6 @@ def load_torchvisions(network, test_picture, or_random):
     if network.model is None:
         network.request = replace(request, weights=RANDOM)
         network.model, network.weights = build(), RANDOM
-    network.model.eval()
 
 
 def get_torchvision_names():
@@ -152,7 +140,7 @@ def build_torchvisions(name, size, **options):
     if name.startswith("vit_"):  # it has a parameter for each patch of the picture
         options["image_size"] = size
     try:
-        return models.get_model(name, **options, **BUILD_OPTIONS.get(name, {}))
+        return models.get_model(name, **options, **BUILD_OPTIONS.get(name, {})).eval()
     except (AssertionError, ValueError) as error:
         problem = f"{name} can't be made for {size}x{size} pictures: {one_line(error)}"
         raise RequestError(f"{problem}; give another --frame_size") from None
@@ -203,30 +191,25 @@ def load_own(network, test_picture):
             network.mix = np.append(GREY, 0)[None]
 
 
-def set_preprocessing(network, size, test_picture, torchvisions=None):
+def set_preprocessing(network, size, test_picture, entry=None):
     """Give a Network the preprocessing that its transform is measured to do, and prove it.
 
     size: (width, height), px, that pictures are resized to if the transform doesn't resize, or
-    None. Raises RequestError if get_blob can't do what the user's transform does. If it can't do
-    what a library's does, that is a NOTE, since the network is right all the same.
+    None. entry: torchvision's weights. Raises RequestError if get_blob can't do what the user's
+    transform does. For a library's that is a NOTE: its network is right all the same.
     """
     request, paths = network.request, sorted(Path(find_bundled(CLS_TEST_DATA_DIR)).glob("*.jpg"))
-    theirs, name = torchvisions, "torchvision's transforms"
-    if request.transform:
-        theirs, name = load_transform(request.transform), request.transform
-    elif not torchvisions:
-        theirs, name = find_transform(request.name, network.model)
-    if not theirs:
+    (theirs, name), mode = find_transform(network, entry), "RGB"
+    if theirs is None:
         return
-    mode = "RGB"
 
     def transform(picture):
         picture = picture.resize(size, 2) if size else picture  # 2: bilinear
         return theirs(picture.convert(mode))
 
     try:
-        shapes = [run_transform(theirs, Image.new("RGB", s)).shape for s in ((64, 48), (50, 70))]
-        if [shape[1:] for shape in shapes] != [(48, 64), (70, 50)]:
+        sizes = (64, 48), (50, 70)
+        if any(run_transform(theirs, np.zeros((*s, 3), np.uint8)).shape[1:] != s for s in sizes):
             size = None
         elif not size:
             raise ValueError("it doesn't resize, so give the network's size as --frame_size")
@@ -240,38 +223,26 @@ def set_preprocessing(network, size, test_picture, torchvisions=None):
         if test_picture and not any(path.samefile(test_picture) for path in paths):
             paths.append(test_picture)
         how = prove(measured, paths)
-        swapped = "; it takes pictures in RGB, and makes BGR of them"
-        swapped = "" if measured.preprocessing.rgb else swapped
-        print(f"preprocessing: the same pixels as {name} {how}{swapped}")
+        if not measured.preprocessing.rgb:
+            how += "; it takes pictures in RGB, and makes BGR of them"
+        print(f"preprocessing: the same pixels as {name} {how}")
     except ValueError as problem:
         if request.transform:
             raise RequestError(f"--transform {name}: {problem}") from None
         print(f"NOTE: {name}: {problem}", file=sys.stderr)
 
 
-def load_transform(name):
-    """The user's transform that "module:name" names, or that this makes without arguments."""
-    with your_code("--transform", name) as found:
-        return found() if is_factory(found) else found
-
-
-def is_factory(transform):
-    """Whether it makes a transform: a class, or a function that needs no arguments."""
-    if not inspect.isroutine(transform) and not isinstance(transform, partial):
-        return inspect.isclass(transform)
-    try:
-        inspect.signature(transform).bind()
-    except TypeError:
-        return False
-    return True
-
-
-def find_transform(name, model):
+def find_transform(network, entry=None):
     """(the transform of PIL pictures that a network comes with, its name), or (None, "").
 
-    That is timm's create_transform for a module with a dictionary `pretrained_cfg`, and the image
-    processor of a folder from which transformers has loaded the network.
+    That is the user's, torchvision's, timm's create_transform for a module with a dictionary
+    `pretrained_cfg`, or the image processor of a folder that transformers loaded the network from.
     """
+    request, model = network.request, network.model
+    if request.transform:
+        return load_transform(request.transform), request.transform
+    if entry:
+        return entry.transforms(), "torchvision's transforms"
     carriers = [m for m in model.modules() if isinstance(getattr(m, "pretrained_cfg", None), dict)]
     folder = find_in_config(model, "_name_or_path") or ""
     about = Path(folder, "preprocessor_config.json")
@@ -289,9 +260,22 @@ def find_transform(name, model):
 
             return AutoImageProcessor.from_pretrained(folder), f"the image processor of {about}"
     except Exception as error:  # whatever these libraries raise; ImportError: one isn't installed
-        reason = f"{type(error).__name__}: {one_line(error)[:150]}"
-        print(f"NOTE: {name}: its library's transform can't be made: {reason}", file=sys.stderr)
+        reason = f"its library's transform can't be made: {type(error).__name__}"
+        print(f"NOTE: {request.name}: {reason}: {one_line(error)[:150]}", file=sys.stderr)
     return None, ""
+
+
+def load_transform(name):
+    """The user's transform that "module:name" names, or that this makes without arguments."""
+    with your_code("--transform", name) as found:
+        # an object is a transform even if its __call__ takes any arguments
+        if inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, partial):
+            try:
+                inspect.signature(found).bind()
+            except TypeError:  # it needs a picture
+                return found
+            return found()
+        return found
 
 
 def find_in_config(model, name):
@@ -332,17 +316,16 @@ def add_grey(network):
     convolution.bias.copy_(torch.from_numpy(mix[:, 3]))
     network.model = torch.nn.Sequential(convolution.to(get_dtype(model)), model).eval()
     print(f"{network.request.name}: takes grey pictures: a 1x1 convolution makes them of RGB ones")
-    if theirs:
-        network.transform = lambda picture: np.repeat(
-            (run_transform(theirs, picture)[:1] - mix[0, 3]) / mix[0, :3].sum(), 3, axis=0
-        )
+
+    def transform(picture):  # to what the convolution takes
+        grey = (run_transform(theirs, picture)[:1] - mix[0, 3]) / mix[0, :3].sum()
+        return np.repeat(grey, 3, axis=0)
+
+    network.transform = transform if theirs else None
 
 
 def build_own(name):
-    """The nn.Module that "module:function" names, in eval mode; RequestError if it gives none.
-
-    What that code raises keeps its traceback.
-    """
+    """The nn.Module that "module:function" names or returns, in eval mode."""
     torch.manual_seed(SEED)
     with your_code("--model_name", name) as model:
         if not isinstance(model, torch.nn.Module):
@@ -371,9 +354,8 @@ def your_code(option, name):
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise RequestError(f"{option} {name}: '{module_name}' isn't the name of a module")
-    files = {key: getattr(module, "__file__", None) for key, module in sys.modules.items()}
-    ours = [key for key, file in files.items() if file and Path(file).parent == SCRIPT_DIR]
-    hidden = {key: sys.modules.pop(key) for key in ours if key != "__main__"}
+    ours = {file.stem for file in SCRIPT_DIR.glob("*.py")}
+    hidden = {stem: sys.modules.pop(stem) for stem in ours & sys.modules.keys()}
     path, argv = list(sys.path), sys.argv
     sys.path.insert(0, os.getcwd())
     sys.argv = argv[:1]
@@ -390,8 +372,8 @@ def your_code(option, name):
         hint = 'put what a script runs under `if __name__ == "__main__":`'
         raise RequestError(f"{option} {name}: exits (SystemExit: {error}); {hint}") from None
     finally:
-        for stem in {file.stem for file in SCRIPT_DIR.glob("*.py")} - files.keys():
-            sys.modules.pop(stem, None)  # yours, called like one of ours
+        for stem in ours & sys.modules.keys():
+            del sys.modules[stem]  # yours, called like one of ours
         sys.modules.update(hidden)
         sys.path[:] = [*path, os.getcwd()]  # for what your code imports later
         sys.argv = argv
@@ -409,9 +391,8 @@ def calibrate(model, width, height):
     """Change random weights so that a wrong conversion shows; pictures are width x height px.
 
     Parameters that start as one constant are perturbed: with a head of zeros, as torchvision's ViT
-    has it, any two networks agree, and layer scales of 1e-6 or biases of 0 hide errors behind
-    them. And BatchNorm gets the variances of a seeded batch, layer by layer; without them a deep
-    network's logits are the same for all pictures, or grow without bound.
+    has it, any two networks agree. BatchNorm gets the variances of a seeded batch, layer by layer;
+    without them a deep network's logits are the same for all pictures, or grow without bound.
     """
     # from smooth to noisy, and from dark to bright, as verify.py's are
     size = (height, width)
@@ -420,9 +401,8 @@ def calibrate(model, width, height):
     batch = smooth + step * torch.randn(8, 3, *size) + 4 * step - 2
 
     def set_statistics(batch_norm, inputs):
-        # A twentieth of the batch's mean: a deep random network that subtracts the whole mean
-        # amplifies rounding errors (resnet152: to 2e-4). Channels that hardly change aren't
-        # amplified: if they are, PyTorch's float32 is 6e-3 from its float64 (ConvMixer; now 1e-6).
+        # The whole mean and the variance of channels that hardly change would amplify rounding
+        # errors (resnet152: to 2e-4; ConvMixer: to 6e-3), a twentieth and a least variance don't.
         axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
         variance = inputs[0].var(axes)
         batch_norm.running_mean = 0.05 * inputs[0].mean(axes)
@@ -477,11 +457,10 @@ def find_class_names(about):
     for values in (about, *(value for value in about.values() if isinstance(value, dict))):
         for names in (values[key] for key in CLASS_NAMES if key in values):
             names = sort_names(names) if isinstance(names, dict) else names
-            is_list = isinstance(names, (list, tuple, np.ndarray))
-            if not is_list or not all(isinstance(name, str) for name in names):
-                continue
+            names = names if isinstance(names, (list, tuple, np.ndarray)) else []
+            are_names = all(isinstance(name, str) for name in names)
             # transformers and ultralytics have numbers if nobody gave names
-            if not all(re.fullmatch(r"(LABEL_|class)?\d+", name) for name in names):
+            if are_names and not all(re.fullmatch(r"(LABEL_|class)?\d+", name) for name in names):
                 return [" ".join(name.split()) for name in names]
     return []
 

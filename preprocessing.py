@@ -94,15 +94,15 @@ def measure(transform, pictures):
     pictures = [cv2.resize(pictures[0], (160, 120)), *pictures]
     for picture, short in zip(itertools.cycle(pictures[1:]), heights, strict=False):
         pictures += get_parts(picture, short, p)
-    results = [run_transform(transform, picture) for picture in pictures]
+    pairs = [(picture, run_transform(transform, picture)) for picture in pictures]
     best, least = None, np.inf
     for resize, interpolation, center in ways:
         way = {"resize": resize, "interpolation": interpolation, "center": center}
         candidate = replace(measured, preprocessing=replace(p, **way, crop=resize != blob))
         worst = 0.0
-        for picture, result in zip(pictures, results, strict=True):
+        for pair in pairs:
             if worst < least:
-                worst = max(worst, float(candidate.compare(picture, result).mean()))
+                worst = max(worst, float(candidate.compare(*pair).mean()))
         if worst < least:
             best, least = candidate, worst
         if least < 0.01:  # nothing is nearer
