@@ -176,11 +176,14 @@ class Marks(TorchDispatchMode):
         kwargs = kwargs or {}
         marked = self.has((args, kwargs))
         result = operator(*args, **kwargs)
-        if marked:
-            self.mark((result, get_written(operator, args, kwargs)))
-            # item, equal, allclose ... return a number; in-place operators on lists return nothing
-            takes_value = not get_storages(result) and tree_leaves(result) not in ([], [None])
-            if takes_value or has_free_shape(operator, args):
+        if (
+            marked and result is None
+        ):  # of in-place operators on lists; others return what they write
+            self.mark((args[:1], kwargs.get("out")))
+        elif marked:
+            self.mark(result)
+            # item, equal, allclose ... return a number
+            if not get_storages(result) or has_free_shape(operator, args):
                 self.leave()
         return result
 
@@ -189,13 +192,6 @@ def get_storages(values):
     """The memory of tensors, which their views share; a sparse one stands for itself."""
     tensors = (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
     return [t.untyped_storage() if t.layout == torch.strided else t for t in tensors]
-
-
-def get_written(operator, args, kwargs):
-    """The arguments that an operator writes into."""
-    values = dict(zip((a.name for a in operator._schema.arguments), args, strict=False)) | kwargs
-    names = [a.name for a in operator._schema.arguments if a.alias_info and a.alias_info.is_write]
-    return [values.get(name) for name in names]
 
 
 def has_free_shape(operator, args):
