@@ -5,6 +5,7 @@ Lightning put "module.", "_orig_mod." and "model." before each key.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import pathlib
 import re
@@ -40,7 +41,10 @@ AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception
 
 def read_checkpoint(path):
     """What torch.load finds in a checkpoint file; RequestError if it isn't one, or may run code."""
-    files = get_members(path)
+    files = set()
+    # a damaged archive raises half a dozen types; torch.load says what is wrong
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        files = {name.rpartition("/")[2] for name in archive.namelist()}
     for load in (PROGRAMS[file] for file in PROGRAMS if file in files):
         kind = "TorchScript archive" if "jit" in load else "torch.export program"
         code = f"import torch; build = lambda: {load.format(str(path))}"
@@ -61,22 +65,12 @@ def read_checkpoint(path):
         raise RequestError(f"{path}: can't be read: {reason}; {hint}") from None
 
 
-def get_members(path):
-    """The names of the files in a zip archive; none if it isn't one, or is damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.rpartition("/")[2] for name in archive.namelist()}
-    except Exception:  # zipfile raises half a dozen types; torch.load says what is wrong
-        return set()
-
-
 def find_state_dict(checkpoint, wanted, path, weights_key=""):
     """The tensors of a network in a checkpoint, under the network's own keys.
 
-    wanted: the network's state dict. It takes the first dictionary, the checkpoint itself or one in
-    it, and the first prefix in that, under which all of the network's keys are found, or those that
-    `weights_key` names. If none fits, it takes the one with most keys in common, for
-    load_state_dict's message.
+    wanted: the network's state dict. Takes the first dictionary, the checkpoint or one in it, and
+    the first prefix in that, which have all of its keys, or those that `weights_key` names. If none
+    fits, it takes those with most keys in common, for load_state_dict's message.
     """
     required = {key for key in wanted if not key.endswith("num_batches_tracked")}
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
@@ -118,8 +112,5 @@ def count_keys(state, required):
 
 
 def rename(key):
-    """denselayer1.norm.1.weight -> denselayer1.norm1.weight, as torchvision does it, too.
-
-    Its DenseNet files still have the names of before PyTorch 0.4.
-    """
+    """denselayer1.norm.1.weight -> denselayer1.norm1.weight: torchvision's files are older."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)

@@ -16,10 +16,10 @@ import cv2
 import onnx
 import torch
 
-from branches import find_branch
 from classification import RequestError, one_line
 from common import NetworksDisagree, remove_leftovers, whole_file
 from entries import describe_file, get_onnx_path
+from forward import find_branch
 from locate import locate
 from onnx_folding import fold_constants
 from onnx_rewrites import make_readable

@@ -29,8 +29,8 @@ from common import SCRIPT_DIR, Preprocessing, get_digest, get_hash, whole_file
 from processes import LOCAL_RANK
 from test_config import MODELS_DIR
 
-SCRIPTS = ("branches", "checkpoints", "class_names", "conversion", "entries", "forward")
-SCRIPTS += ("networks", "onnx_*", "preprocessing", "transforms", "verify")
+SCRIPTS = ("checkpoints", "conversion", "entries", "forward", "networks", "onnx_*")
+SCRIPTS += ("preprocessing", "verify")
 
 
 @dataclass

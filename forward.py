@@ -1,4 +1,9 @@
-"""Run a network's code: in float32, and with a reason if it fails."""
+"""Run a network's code: in float32, with a reason if it fails, and does it branch on its input?
+
+Exporters record the operators of one pass. What Python does with a value (`if x.max() > 1:`) isn't
+one: the file keeps the branch that the recorded picture took, and is silently wrong for pictures
+that take another. Branches on shapes, and on state that the input never touched, are harmless.
+"""
 
 import contextlib
 import os
@@ -8,15 +13,24 @@ from unittest import mock
 
 import torch
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from classification import RequestError, one_line
-from common import SCRIPT_DIR
 
 # What an error of forward is about, by its text.
 ABOUT_CHANNELS = r"got 3 channels|channel dimension|3 elements not|r a \(3\)|shape\[1\]|size\(1\)"
 ABOUT_SIZES = r"size|shape|height|width|resolution|dimension|divi|must match|bounds"
 NOT_ABOUT_SIZES = "^TypeError|^AttributeError|channels instead|when training"
 WRAP = "give MODULE:FUNCTION of a module around the network that"
+
+# Functions that read values without an operator; torch.tensor([x.mean()]) writes a constant.
+READERS = {
+    "numpy", "tolist", "__array__", "__dlpack__", "__float__", "__index__", "apply_", "map_",
+    "map2_", "tensor", "as_tensor", "asarray", "new_tensor", "sparse_coo_tensor",
+}  # fmt: skip
 
 
 def adapt_own(network):
@@ -48,10 +62,7 @@ def get_dtype(model):
 
 @contextlib.contextmanager
 def no_autocast():
-    """Switch autocast off, also where a network's code switches it on; yield the dtypes it names.
-
-    An outer autocast(enabled=False) would lose to the network's own.
-    """
+    """Switch autocast off, also a network's own, which wins over an outer one; yield its dtypes."""
     dtypes = set()
 
     def enter(autocast):
@@ -63,10 +74,7 @@ def no_autocast():
 
 
 def run_forward(model, batch):
-    """What the network returns for a tensor (batch, 3, height, width).
-
-    If its code fails, RequestError says where, and what to do.
-    """
+    """What the network returns for a tensor (batch, 3, height, width); RequestError if it fails."""
     try:
         with torch.no_grad():
             return model(batch)
@@ -83,7 +91,7 @@ def get_logits(output):
 
 def explain(error, model, batch):
     """The RequestError for what forward raises; prints its traceback if your code was reached."""
-    line = find_line(traceback.extract_tb(error.__traceback__)[1:])
+    line = find_line(traceback.extract_tb(error.__traceback__))
     reason = f"{type(error).__name__}: {one_line(error)[:200]}"
     if "TorchScript interpreter" in reason:  # the reason comes last
         reason = str(error).strip().splitlines()[-1][:200]
@@ -123,7 +131,83 @@ def takes_grey(model, width, height):
 
 def find_line(frames):
     """Your line in a stack, "FILE, line N: CODE": the last that isn't PyTorch's; "" if all are."""
-    ours = str(SCRIPT_DIR / "branches.py")  # which watches yours
-    others = os.path.join(os.path.dirname(torch.__file__), ""), contextlib.__file__, ours
-    yours = [frame for frame in frames if not frame.filename.startswith(others)]
+    called = [frame.filename for frame in frames].index(__file__)  # by this file, which runs yours
+    others = os.path.join(os.path.dirname(torch.__file__), ""), contextlib.__file__, __file__
+    yours = [frame for frame in frames[called:] if not frame.filename.startswith(others)]
     return f"{yours[-1].filename}, line {yours[-1].lineno}: {yours[-1].line}" if yours else ""
+
+
+def find_branch(model, batch):
+    """The first line of code that takes a value out of what depends on the batch, or None.
+
+    batch: float32 tensor (batch, 3, height, width). Raises what the network raises.
+    """
+    marks = Marks(batch)
+    with torch.no_grad(), Readers(marks), marks:
+        model(batch)
+        model(batch)  # again: it may read what the first pass has left in a buffer
+    return marks.line
+
+
+class Marks(TorchDispatchMode):
+    """Storages that depend on the input, and the first line that takes a value out of them.
+
+    Whatever an operator makes of marked storage or writes there is marked. Storages are, and not
+    tensors: `y[:, 0] = x.mean((1, 2, 3))` marks y through a view of it.
+    """
+
+    def __init__(self, batch):
+        super().__init__()
+        self.storages = WeakIdKeyDictionary()  # weak: addresses are used again
+        self.mark(batch)
+        self.line = None
+
+    def mark(self, values):
+        for storage in get_storages(values):
+            self.storages[storage] = True
+
+    def has(self, values):
+        return any(storage in self.storages for storage in get_storages(values))
+
+    def leave(self):
+        self.line = self.line or find_line(traceback.extract_stack()) or "in scripted code"
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        marked = self.has((args, kwargs))
+        result = operator(*args, **kwargs)
+        if (
+            marked and result is None
+        ):  # of in-place operators on lists; others return what they write
+            self.mark((args[:1], kwargs.get("out")))
+        elif marked:
+            self.mark(result)
+            # item, equal, allclose ... return a number
+            if not get_storages(result) or has_free_shape(operator, args):
+                self.leave()
+        return result
+
+
+def get_storages(values):
+    """The memory of tensors, which their views share; a sparse one stands for itself."""
+    tensors = (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
+    return [t.untyped_storage() if t.layout == torch.strided else t for t in tensors]
+
+
+def has_free_shape(operator, args):
+    """Whether the shape of the result depends on values; that of x[index] if it's a mask."""
+    if operator is torch.ops.aten.index.Tensor:
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return torch.Tag.dynamic_output_shape in operator.tags
+
+
+class Readers(TorchFunctionMode):
+    def __init__(self, marks):
+        super().__init__()
+        self.marks = marks
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in READERS and self.marks.has((args, kwargs)):
+            self.marks.leave()
+        return function(*args, **kwargs)

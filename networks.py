@@ -1,16 +1,17 @@
 """A name and weights in, a PyTorch network in eval mode out.
 
 The network is torchvision's or your own; its weights are torchvision's, a checkpoint file's, those
-that your function returns it with, or random.
+that your function returns it with, or random. Its preprocessing is that of your transform, or of
+the one of the library that the network comes from: measured, and proven on the bundled pictures.
 
-torch takes seconds to import, so scripts import this when they have read their options, and not at
-all for a network that was converted before.
+torch takes seconds to import, so scripts import this late, and not for a network's second run.
 """
 
 import contextlib
 import difflib
 import http.client
 import importlib.util
+import inspect
 import os
 import re
 import socket
@@ -25,28 +26,28 @@ from torch.utils._pytree import tree_leaves
 from torchvision import models
 
 from checkpoints import find_state_dict, read_checkpoint
-from class_names import find_class_names
-from classification import RANDOM, RequestError, one_line, scale_resize
-from common import SCRIPT_DIR, SEED, Preprocessing, Request, get_digest, read_tutorial
-from default_preprocess_config import PYTORCH_RSZ_HEIGHT, pytorch_resize_input_blob
+from classification import RANDOM, TORCHVISION, RequestError, one_line, read_picture, scale_resize
+from common import SCRIPT_DIR, SEED, Preprocessing, Request, find_bundled, get_digest, read_tutorial
 from forward import adapt_own, get_dtype, no_autocast, run_forward, takes_grey
-from preprocessing import GREY, run_transform
-from transforms import find_in_config, find_transform, is_factory, measure_and_prove
+from preprocessing import GREY, get_parts, measure, read_pil, run_transform
+from test_config import CLS_TEST_DATA_DIR
 
-# torchvision's: the shorter side resized to 256, the centre cut out
-IMAGENET = Preprocessing(
-    **{k: v for k, v in read_tutorial(pytorch_resize_input_blob).items() if "initial" not in k},
-    resize=(PYTORCH_RSZ_HEIGHT,),
-)
+IMAGENET = Preprocessing(**read_tutorial(TORCHVISION))
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
-# torchvision's weights for these two expect pictures that aren't normalized as ImageNet's are, and
-# transform_input converts them; torchvision sets it only if it loads the weights itself. The
-# auxiliary heads are for training.
+# torchvision's weights for these two expect other pictures than ImageNet's, and transform_input
+# converts them; torchvision sets it only if it loads the weights. Auxiliary heads are for training.
 BUILD_OPTIONS = {
     name: {"transform_input": True, "aux_logits": False, "init_weights": False}
     for name in ("googlenet", "inception_v3")
 }
+
+# As training scripts, transformers, ultralytics and ImageFolder call the class names.
+CLASS_NAMES = ("class_names", "classes", "id2label", "idx_to_class", "names", "class_to_idx")
+
+# In grey levels, the mean over a picture: transforms of tensors, which round elsewhere, are up to
+# 0.31 from Pillow's, Lanczos is 1.4 from bicubic.
+MAX_DIFFERENCE = 0.5
 
 
 @dataclass
@@ -54,9 +55,9 @@ class Network:
     """A classifier in PyTorch: float32 (batch, 3, height, width) to logits (batch, classes)."""
 
     request: Request  # as fulfilled: with random weights if the default ones can't be downloaded
-    weights: str  # torchvision's name, the file's name, "random", or "own"
-    model: object  # torch.nn.Module in eval mode
-    preprocessing: Preprocessing
+    weights: str = ""  # torchvision's name, the file's name, "random", or "own"
+    model: object = None  # torch.nn.Module in eval mode
+    preprocessing: Preprocessing = IMAGENET
     declared: bool = True  # whether somebody says how it wants its pictures
     transform: object = None  # of PIL pictures, that the preprocessing was measured on
     transform_name: str = ""
@@ -71,9 +72,7 @@ def load_network(request, or_random=True, test_picture=None):
     If torchvision's weights can't be downloaded it gets random ones, and stderr says so, unless
     or_random=False. Raises RequestError for that, and for whatever else can't be loaded.
     """
-    network = Network(request, request.weights.lower(), None, IMAGENET)
-    if request.transform:
-        network.transform, network.transform_name = load_transform(request.transform)
+    network = Network(request)
     if request.is_own:
         load_own(network, test_picture)
     else:
@@ -103,28 +102,22 @@ def load_network(request, or_random=True, test_picture=None):
 def load_torchvisions(network, test_picture, or_random):
     """Fill in the Network of a Request for one of torchvision's classifiers."""
     request, known = network.request, get_torchvision_weights(network.request.name)
-    default = next(iter(known.values()))
-    entry = known.get(request.weights.upper()) if request.weights else default
-    if not network.transform:
-        network.transform = (entry or default).transforms()
-        network.transform_name = "torchvision's transforms"
-    measure_and_prove(network, request.size, test_picture)
+    entry = known.get(request.weights.upper(), next(iter(known.values())))
+    set_preprocessing(network, request.size, test_picture, entry)
     build = partial(build_torchvisions, request.name, request.width or network.preprocessing.width)
     if request.is_file:
-        network.model, network.weights = load_weights(request, build), Path(request.weights).name
+        load_weights(network, build)
         if request.name in BUILD_OPTIONS:
             note = "assuming it was trained with transform_input=True; if not, give MODULE:FUNCTION"
             print(f"NOTE: {request.weights}: {note}", file=sys.stderr)
-    elif entry:
-        network.model = download_torchvisions(request.name, build, entry, or_random)
-        network.weights, network.published = entry.name, entry.meta["_metrics"]["ImageNet-1K"]
+    elif request.weights.upper() in ("", *known):
+        download_torchvisions(network, build, entry, or_random)
     elif not request.is_random:
         choices = ", ".join([*known, RANDOM])
         raise RequestError(f"--weights {request.weights}: not a file, and not one of {choices}")
     if network.model is None:
-        network.request, network.published = replace(request, weights=RANDOM), {}
+        network.request = replace(request, weights=RANDOM)
         network.model, network.weights = build(), RANDOM
-    network.model.eval()
 
 
 def get_torchvision_names():
@@ -147,14 +140,14 @@ def build_torchvisions(name, size, **options):
     if name.startswith("vit_"):  # it has a parameter for each patch of the picture
         options["image_size"] = size
     try:
-        return models.get_model(name, **options, **BUILD_OPTIONS.get(name, {}))
+        return models.get_model(name, **options, **BUILD_OPTIONS.get(name, {})).eval()
     except (AssertionError, ValueError) as error:
         problem = f"{name} can't be made for {size}x{size} pictures: {one_line(error)}"
         raise RequestError(f"{problem}; give another --frame_size") from None
 
 
-def download_torchvisions(name, build, entry, or_random):
-    """The network with torchvision's weights; None if they can't be had and random ones may be."""
+def download_torchvisions(network, build, entry, or_random):
+    """Give a Network torchvision's weights; none if they can't be had and random ones may be."""
     path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
     # the name ends in the start of its SHA-256; torch checks that only when it downloads the file
     if path.is_file() and not get_digest(path).startswith(path.stem.rpartition("-")[2]):
@@ -162,47 +155,157 @@ def download_torchvisions(name, build, entry, or_random):
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub has no time limit
     try:
-        return build(weights=entry, progress=sys.stderr.isatty())
+        network.model = build(weights=entry, progress=sys.stderr.isatty())
+        network.weights, network.published = entry.name, entry.meta["_metrics"]["ImageNet-1K"]
     # RuntimeError: the hash doesn't fit; HTTPException: the answer isn't HTTP
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = one_line(getattr(error, "reason", error))
+        reason = f"{network.request.name}'s weights can't be downloaded: {path.name}: {reason}"
+        if not or_random:
+            hint = f"put it into {path.parent}, or give --weights {RANDOM}"
+            raise RequestError(f"{reason}: {hint}") from None
+        effect = "which prove the conversion just as well, but give meaningless answers"
+        print(f"WARNING: {reason}: continuing with RANDOM WEIGHTS, {effect}", file=sys.stderr)
     finally:
         socket.setdefaulttimeout(before)
-    reason = f"{name}'s weights can't be downloaded: {path.name}: {reason}"
-    if not or_random:
-        raise RequestError(f"{reason}: put it into {path.parent}, or give --weights {RANDOM}")
-    effect = "which prove the conversion just as well, but give meaningless answers"
-    print(f"WARNING: {reason}: continuing with RANDOM WEIGHTS, {effect}", file=sys.stderr)
-    return None
 
 
 def load_own(network, test_picture):
     """Fill in the Network of a Request for "module:function"."""
     request, build = network.request, partial(build_own, network.request.name)
     if request.is_file:
-        network.model, network.weights = load_weights(request, build), Path(request.weights).name
+        load_weights(network, build)
     elif request.weights and not request.is_random:
         raise RequestError(f"--weights {request.weights}: no such file")
     else:
-        network.model, network.weights = build(), RANDOM if request.is_random else "own"
-    if network.weights == "own":
+        network.model, network.weights = build(), request.weights.lower() or "own"
+    if not request.weights:
         print(f"{request.name}: using the weights the function returns it with")
     if size := find_in_config(network.model, "image_size"):  # or (height, width)
         size = (size, size) if isinstance(size, int) else tuple(size)[::-1]
         network.preprocessing = scale_frame(IMAGENET, *size)
-    if not network.transform:
-        network.transform, network.transform_name = find_transform(request.name, network.model)
-    if network.transform and measure_and_prove(network, request.size or size, test_picture):
+    set_preprocessing(network, request.size or size, test_picture)
+    if network.transform is None:
+        network.declared, p = False, network.preprocessing
+        if takes_grey(network.model, p.width, p.height):
+            network.mix = np.append(GREY, 0)[None]
+
+
+def set_preprocessing(network, size, test_picture, entry=None):
+    """Give a Network the preprocessing that its transform is measured to do, and prove it.
+
+    size: (width, height), px, that pictures are resized to if the transform doesn't resize, or
+    None. entry: torchvision's weights. Raises RequestError if get_blob can't do what the user's
+    transform does. For a library's that is a NOTE: its network is right all the same.
+    """
+    request, paths = network.request, sorted(Path(find_bundled(CLS_TEST_DATA_DIR)).glob("*.jpg"))
+    (theirs, name), mode = find_transform(network, entry), "RGB"
+    if theirs is None:
         return
-    network.declared, network.transform, p = False, None, network.preprocessing
-    if takes_grey(network.model, p.width, p.height):
-        network.mix = np.append(GREY, 0)[None]
+
+    def transform(picture):
+        picture = picture.resize(size, 2) if size else picture  # 2: bilinear
+        return theirs(picture.convert(mode))
+
+    try:
+        sizes = (64, 48), (50, 70)
+        if any(run_transform(theirs, np.zeros((*s, 3), np.uint8)).shape[1:] != s for s in sizes):
+            size = None
+        elif not size:
+            raise ValueError("it doesn't resize, so give the network's size as --frame_size")
+        pictures = [np.asarray(read_pil(path)) for path in paths[:3]]
+        channels, height, width = run_transform(transform, pictures[0]).shape
+        if channels == 3 and request.is_own and takes_grey(network.model, width, height):
+            mode = "L"  # as MNIST's pictures are
+        measured, _ = measure(transform, pictures)
+        network.preprocessing, network.mix = measured.preprocessing, measured.mix
+        network.transform, network.transform_name = transform, name
+        if test_picture and not any(path.samefile(test_picture) for path in paths):
+            paths.append(test_picture)
+        how = prove(measured, paths)
+        if not measured.preprocessing.rgb:
+            how += "; it takes pictures in RGB, and makes BGR of them"
+        print(f"preprocessing: the same pixels as {name} {how}")
+    except ValueError as problem:
+        if request.transform:
+            raise RequestError(f"--transform {name}: {problem}") from None
+        print(f"NOTE: {name}: {problem}", file=sys.stderr)
+
+
+def find_transform(network, entry=None):
+    """(the transform of PIL pictures that a network comes with, its name), or (None, "").
+
+    That is the user's, torchvision's, timm's create_transform for a module with a dictionary
+    `pretrained_cfg`, or the image processor of a folder that transformers loaded the network from.
+    """
+    request, model = network.request, network.model
+    if request.transform:
+        return load_transform(request.transform), request.transform
+    if entry:
+        return entry.transforms(), "torchvision's transforms"
+    carriers = [m for m in model.modules() if isinstance(getattr(m, "pretrained_cfg", None), dict)]
+    folder = find_in_config(model, "_name_or_path") or ""
+    about = Path(folder, "preprocessor_config.json")
+    try:
+        if carriers and (carriers[0] is model or len(carriers) == 1):
+            from timm.data import create_transform, resolve_model_data_config
+
+            config = resolve_model_data_config(carriers[0])
+            size = getattr(getattr(carriers[0], "patch_embed", None), "img_size", None)
+            if size:  # of create_model(img_size=160), which resolve_model_data_config ignores
+                config["input_size"] = (3, *size)
+            return create_transform(**config), "timm's create_transform"
+        if folder and about.is_file():
+            from transformers import AutoImageProcessor
+
+            return AutoImageProcessor.from_pretrained(folder), f"the image processor of {about}"
+    except Exception as error:  # whatever these libraries raise; ImportError: one isn't installed
+        reason = f"its library's transform can't be made: {type(error).__name__}"
+        print(f"NOTE: {request.name}: {reason}: {one_line(error)[:150]}", file=sys.stderr)
+    return None, ""
 
 
 def load_transform(name):
-    """(The user's transform that "module:name" names, the name)."""
+    """The user's transform that "module:name" names, or that this makes without arguments."""
     with your_code("--transform", name) as found:
-        return found() if is_factory(found) else found, name
+        # an object is a transform even if its __call__ takes any arguments
+        if inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, partial):
+            try:
+                inspect.signature(found).bind()
+            except TypeError:  # it needs a picture
+                return found
+            return found()
+        return found
+
+
+def find_in_config(model, name):
+    """What the config of a transformers network, or of one inside a module, has by this name."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return next((value for c in configs if (value := getattr(c, name, None))), None)
+
+
+def prove(measured, paths):
+    """How far get_blob is from the transform on these pictures, from the file on, in words.
+
+    Two parts of each are compared as well, whose sizes tell a centre that is rounded from one that
+    is floored. Raises ValueError if the mean difference in one is over MAX_DIFFERENCE.
+    """
+    found, p = [], measured.preprocessing
+    for path in paths:
+        picture = read_picture(path)[..., ::-1]
+        if not np.array_equal(picture, read_pil(path)):
+            print(f"{path}: left out, since Pillow reads other pixels than OpenCV")
+            continue
+        for part in (picture, *get_parts(picture, p.resize[0], p)):
+            difference = measured.compare(part, run_transform(measured.transform, part))
+            found.append((float(difference.mean()), float(difference.max()), str(path)))
+    mean, _, worst = max(found)
+    how = f"mean difference {mean:.3f}, at most {max(d for _, d, _ in found):.0f} grey levels"
+    if mean > MAX_DIFFERENCE:
+        nearest = f"--resize {' '.join(map(str, p.resize))} --interpolation {p.interpolation}"
+        nearest += f" --center {p.center}"
+        raise ValueError(f"no options do the same: {how}, in {worst}; the nearest: {nearest}")
+    return f"on {len(found) // 3} pictures ({how})"
 
 
 def add_grey(network):
@@ -213,17 +316,16 @@ def add_grey(network):
     convolution.bias.copy_(torch.from_numpy(mix[:, 3]))
     network.model = torch.nn.Sequential(convolution.to(get_dtype(model)), model).eval()
     print(f"{network.request.name}: takes grey pictures: a 1x1 convolution makes them of RGB ones")
-    if theirs:
-        network.transform = lambda picture: np.repeat(
-            (run_transform(theirs, picture)[:1] - mix[0, 3]) / mix[0, :3].sum(), 3, axis=0
-        )
+
+    def transform(picture):  # to what the convolution takes
+        grey = (run_transform(theirs, picture)[:1] - mix[0, 3]) / mix[0, :3].sum()
+        return np.repeat(grey, 3, axis=0)
+
+    network.transform = transform if theirs else None
 
 
 def build_own(name):
-    """The nn.Module that "module:function" names, in eval mode; RequestError if it gives none.
-
-    What that code raises keeps its traceback.
-    """
+    """The nn.Module that "module:function" names or returns, in eval mode."""
     torch.manual_seed(SEED)
     with your_code("--model_name", name) as model:
         if not isinstance(model, torch.nn.Module):
@@ -252,9 +354,8 @@ def your_code(option, name):
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise RequestError(f"{option} {name}: '{module_name}' isn't the name of a module")
-    files = {key: getattr(module, "__file__", None) for key, module in sys.modules.items()}
-    ours = [key for key, file in files.items() if file and Path(file).parent == SCRIPT_DIR]
-    hidden = {key: sys.modules.pop(key) for key in ours if key != "__main__"}
+    ours = {file.stem for file in SCRIPT_DIR.glob("*.py")}
+    hidden = {stem: sys.modules.pop(stem) for stem in ours & sys.modules.keys()}
     path, argv = list(sys.path), sys.argv
     sys.path.insert(0, os.getcwd())
     sys.argv = argv[:1]
@@ -271,8 +372,8 @@ def your_code(option, name):
         hint = 'put what a script runs under `if __name__ == "__main__":`'
         raise RequestError(f"{option} {name}: exits (SystemExit: {error}); {hint}") from None
     finally:
-        for stem in {file.stem for file in SCRIPT_DIR.glob("*.py")} - files.keys():
-            sys.modules.pop(stem, None)  # yours, called like one of ours
+        for stem in ours & sys.modules.keys():
+            del sys.modules[stem]  # yours, called like one of ours
         sys.modules.update(hidden)
         sys.path[:] = [*path, os.getcwd()]  # for what your code imports later
         sys.argv = argv
@@ -290,9 +391,8 @@ def calibrate(model, width, height):
     """Change random weights so that a wrong conversion shows; pictures are width x height px.
 
     Parameters that start as one constant are perturbed: with a head of zeros, as torchvision's ViT
-    has it, any two networks agree, and layer scales of 1e-6 or biases of 0 hide errors behind
-    them. And BatchNorm gets the variances of a seeded batch, layer by layer; without them a deep
-    network's logits are the same for all pictures, or grow without bound.
+    has it, any two networks agree. BatchNorm gets the variances of a seeded batch, layer by layer;
+    without them a deep network's logits are the same for all pictures, or grow without bound.
     """
     # from smooth to noisy, and from dark to bright, as verify.py's are
     size = (height, width)
@@ -301,9 +401,8 @@ def calibrate(model, width, height):
     batch = smooth + step * torch.randn(8, 3, *size) + 4 * step - 2
 
     def set_statistics(batch_norm, inputs):
-        # A twentieth of the batch's mean: a deep random network that subtracts the whole mean
-        # amplifies rounding errors (resnet152: to 2e-4). Channels that hardly change aren't
-        # amplified: if they are, PyTorch's float32 is 6e-3 from its float64 (ConvMixer; now 1e-6).
+        # The whole mean and the variance of channels that hardly change would amplify rounding
+        # errors (resnet152: to 2e-4; ConvMixer: to 6e-3), a twentieth and a least variance don't.
         axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
         variance = inputs[0].var(axes)
         batch_norm.running_mean = 0.05 * inputs[0].mean(axes)
@@ -322,13 +421,14 @@ def calibrate(model, width, height):
         hook.remove()
 
 
-def load_weights(request, build):
-    """The network of build(), with the weights of a checkpoint file.
+def load_weights(network, build):
+    """Give a Network the model of build(), with the weights of its request's file.
 
     The head of torchvision's networks is sized by the file: build(num_classes=...). Raises
     RequestError if the file is damaged, holds no state dict, or another network's.
     """
-    path, model, checkpoint = request.weights, build().float(), read_checkpoint(request.weights)
+    request, path = network.request, network.request.weights
+    model, checkpoint = build().float(), read_checkpoint(path)
     wanted = model.state_dict()
     check_float(path, checkpoint)
     state = find_state_dict(checkpoint, wanted, path, request.weights_key)
@@ -349,7 +449,28 @@ def load_weights(request, build):
         if not torch.isfinite(value).all():
             raise RequestError(f"{path}: {key} isn't a tensor of finite numbers")
     model.class_names = find_class_names(checkpoint)
-    return model.eval()
+    network.model, network.weights = model.eval(), Path(path).name
+
+
+def find_class_names(about):
+    """The names in a dictionary or in one in it, in the order of the classes; [] for none."""
+    for values in (about, *(value for value in about.values() if isinstance(value, dict))):
+        for names in (values[key] for key in CLASS_NAMES if key in values):
+            names = sort_names(names) if isinstance(names, dict) else names
+            names = names if isinstance(names, (list, tuple, np.ndarray)) else []
+            are_names = all(isinstance(name, str) for name in names)
+            # transformers and ultralytics have numbers if nobody gave names
+            if are_names and not all(re.fullmatch(r"(LABEL_|class)?\d+", name) for name in names):
+                return [" ".join(name.split()) for name in names]
+    return []
+
+
+def sort_names(names):
+    """The names of {class ID: name} or {name: class ID}, in the order of the IDs."""
+    if all(isinstance(value, int) for value in names.values()):
+        names = {value: name for name, value in names.items()}
+    ids = (key for key in names if str(key).isdecimal())
+    return [names[key] for key in sorted(ids, key=int)]
 
 
 def check_float(source, values):

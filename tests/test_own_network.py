@@ -213,8 +213,8 @@ def test_evaluation_of_pictures_that_are_not_square(run, folder, more, size, nam
 def test_your_files_win_over_ours(run, folder):
     """Files called like the project's own, one that imports another; and a path as the module."""
     write(folder / "common.py")
-    (folder / "branches.py").write_text("from common import build\n")  # ours is imported later
-    (folder / "networks.py").write_text("from branches import build\n")
+    (folder / "forward.py").write_text("from common import build\n")
+    (folder / "networks.py").write_text("from forward import build\n")
     get_output(run("py_to_py_cls.py", *CONVERT, "./networks.py:build"))
     forward = read_onnx(folder / "models" / "networks-build-56.onnx")
     assert np.allclose(forward(BLOB), run_torch(build(), BLOB), atol=1e-5)
