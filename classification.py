@@ -39,8 +39,7 @@ ZOO_NAME = "models.yml"
 ZOO_SAMPLE = "classification"  # the `sample` of the entries that are for this program
 
 # What torchvision's ImageNet networks expect, with pixel values from 0 to 255:
-# https://docs.pytorch.org/vision/stable/models.html. This file travels alone, so the numbers are
-# here as well as in default_preprocess_config.py; a test compares them.
+# https://docs.pytorch.org/vision/stable/models.html
 TORCHVISION = {
     "scale": 1 / 255, "mean": [123.675, 116.28, 103.53], "std": [0.229, 0.224, 0.225],
     "rgb": True, "crop": True, "width": 224, "height": 224,

@@ -123,14 +123,15 @@ class Preprocessing:
     center: str = "round"
 
 
-def read_tutorial(values):
-    """{field: value} of Preprocessing from the tutorial's {name: value}; None is left out.
+def read_fields(values):
+    """{field: value} of Preprocessing in options, a config or an entry; None is left out.
 
-    It calls initial_width rsz_width. The frame's size is left out as well: it's in the Request.
+    The tutorial calls initial_width rsz_width; cv2 reads true as 1, in OpenCV 4 as "true".
     """
-    named = {name.replace("rsz_", "initial_"): value for name, value in values.items()}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in named.items()
-        if name in Preprocessing.__dataclass_fields__ and value is not None
-    }
+    read = {bool: lambda value: value in (1, "true"), tuple: tuple}
+    found = {}
+    for field in dataclasses.fields(Preprocessing):
+        value = values.get(field.name, values.get(field.name.replace("initial", "rsz")))
+        if value is not None:
+            found[field.name] = read.get(field.type, lambda same: same)(value)
+    return found

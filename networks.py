@@ -26,18 +26,13 @@ from torchvision import models
 
 from checkpoints import find_state_dict, read_checkpoint
 from class_names import find_class_names
-from classification import RANDOM, RequestError, one_line, scale_resize
-from common import SCRIPT_DIR, SEED, Preprocessing, Request, get_digest, read_tutorial
-from default_preprocess_config import PYTORCH_RSZ_HEIGHT, pytorch_resize_input_blob
+from classification import RANDOM, TORCHVISION, RequestError, one_line, scale_resize
+from common import SCRIPT_DIR, SEED, Preprocessing, Request, get_digest, read_fields
 from forward import adapt_own, get_dtype, no_autocast, run_forward, takes_grey
 from preprocessing import GREY, run_transform
 from transforms import find_in_config, find_transform, is_factory, measure_and_prove
 
-# torchvision's: the shorter side resized to 256, the centre cut out
-IMAGENET = Preprocessing(
-    **{k: v for k, v in read_tutorial(pytorch_resize_input_blob).items() if "initial" not in k},
-    resize=(PYTORCH_RSZ_HEIGHT,),
-)
+IMAGENET = Preprocessing(**read_fields(TORCHVISION))
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
 # torchvision's weights for these two expect pictures that aren't normalized as ImageNet's are, and
