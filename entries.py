@@ -1,8 +1,7 @@
 """The entries of models.yml: what a converted file was made from, and how it is used.
 
-The file is made once per network; its entry says what it was made from, so that it is found again
-in milliseconds and without PyTorch. The rest of the entry is what test mode or a conversion last
-asked for, in the form of OpenCV's samples.
+By what it was made from, a file is found again in milliseconds and without PyTorch. The rest is
+what test mode or a conversion last asked for, in the form of OpenCV's samples.
 """
 
 import importlib.metadata
@@ -14,25 +13,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from classification import (
-    ENGINES,
-    PILLOWS,
-    RANDOM,
-    RANDOM_SUFFIX,
-    ZOO_NAME,
-    ZOO_SAMPLE,
-    get_load_info,
-    read_lines,
-    read_zoo,
-)
+import classification
+from classification import RANDOM, RANDOM_SUFFIX, ZOO_NAME, get_load_info, read_lines, read_zoo
 from common import SCRIPT_DIR, Preprocessing, get_digest, get_hash, read_fields, whole_file
 from processes import LOCAL_RANK
 from test_config import MODELS_DIR
 
 SCRIPTS = ("branches", "checkpoints", "class_names", "conversion", "entries", "forward")
 SCRIPTS += ("networks", "onnx_*", "preprocessing", "transforms", "verify")
-
-
 # What an entry says about a file, and, as its made_from, about the network.
 OF_FILE = ("load_info", "outputs", "engines", "activation")
 OF_NETWORK = ("sha256", "declared", "class_names", "preprocessing")
@@ -91,15 +79,14 @@ def get_sha256(request, network=None):
 def describe_file(network, file, engines, references):
     """The Converted of a network's new file, which hasn't got its name yet.
 
-    Its outputs are probabilities if all references' are. Of the same file as before, the engines
-    keep their order: which one is faster can differ from time to time, and an evaluation that was
-    stopped continues with the same engine only.
+    The same file as before keeps the order of its engines: which one is faster can differ from time
+    to time, and an evaluation that was stopped continues with the same engine only.
     """
     path, load_info = get_onnx_path(network.request), get_load_info(file)
     older = read_converted(path)
     if older and older.load_info == load_info:
         engines = sorted(engines, key=[*older.engines, *engines].index)
-    outputs, activation = np.concatenate([reference.logits for reference in references]), None
+    outputs, activation = np.concatenate([logits for _, _, logits in references]), None
     if outputs.min() >= 0 and outputs.max() <= 1:
         adds_up = np.allclose(outputs.sum(axis=1), 1, atol=1e-3)
         activation = "softmax" if adds_up else "sigmoid"
@@ -118,9 +105,9 @@ def find_converted(request, network=None):
         return None  # what your code computes is unknown, unless torchrun's first process ran it
     path = get_onnx_path(request)
     found = read_converted(path)
-    if not found or found.sha256 != get_sha256(request, network):
-        return None
-    if found.load_info != get_load_info(path):  # last: it reads the whole file
+    # the file is read last: that takes longest
+    same = found and found.sha256 == get_sha256(request, network)
+    if not same or found.load_info != get_load_info(path):
         return None
     if network:
         found.preprocessing, found.declared = network.preprocessing, network.declared
@@ -135,10 +122,10 @@ def read_converted(path):
         about = {key: entry.get(key) for key in OF_FILE} | entry["made_from"]
         about["preprocessing"] = Preprocessing(**read_fields(about["preprocessing"]))
         found = Converted(path, **about | {"declared": about["declared"] == 1})
-        is_whole = found.engines and {*found.engines} <= ENGINES.keys() and found.outputs > 0
+        unknown = {*found.engines} - classification.ENGINES.keys()
+        return found if found.engines and found.outputs > 0 and not unknown else None
     except (KeyError, TypeError, AttributeError):
         return None
-    return found if is_whole else None
 
 
 def read_entry(path):
@@ -150,18 +137,17 @@ def read_entry(path):
 def write_entry(converted, preprocessing, classes, anew=True):
     """Write the entry of a converted file into the models.yml beside it.
 
-    classes: the file of the class names, or None for the network's own; it is copied beside the
-    model, so that you can move the folder. With anew=False an entry that is there says what the
-    file is now; how it is used stays, unless the network takes pictures of another size, or the
-    number of classes changed.
+    classes: the file of the class names, copied beside the model so that you can move the folder;
+    None for the network's own. With anew=False, what an older entry says of the file is brought up
+    to date, and the rest stays if it fits the size of the pictures and the number of classes.
     """
     path, facts = converted.path, asdict(converted)
     own, zoo, name = facts["preprocessing"], path.with_name(ZOO_NAME), path.stem
     entry, values = read_entry(path), {}
     about = [entry.get(key) for key in ("model", "width", "height")]
     if anew := anew or about != [path.name, own["width"], own["height"]]:
-        values = {"model": path.name, "sample": ZOO_SAMPLE} | asdict(preprocessing)
-        values |= {} if preprocessing.resize else dict.fromkeys(PILLOWS)
+        values = {"model": path.name, "sample": classification.ZOO_SAMPLE} | asdict(preprocessing)
+        values |= {} if preprocessing.resize else dict.fromkeys(classification.PILLOWS)
         values["weights"] = RANDOM if name.endswith(RANDOM_SUFFIX) else None
     old = path.parent / str(entry.get("labels"))
     fits = old.is_file() and len(read_lines(old)) == converted.outputs

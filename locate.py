@@ -2,12 +2,10 @@
 
 A conversion that fails calls it; you can, too, with any file:
 
-    python locate.py model.onnx
     python locate.py model.onnx --engine classic
 
 onnx's ReferenceEvaluator computes each node. The graph is cut after a node and run by OpenCV; the
-first cut that is wrong ends with the node. OpenCV fuses nodes, so the fault may lie in how this one
-is fused with those before it.
+first cut that is wrong ends with the node. OpenCV fuses nodes: the fault may be one before it.
 """
 
 import multiprocessing

@@ -14,7 +14,6 @@ Your own network: weights you trained, or a function that returns any nn.Module:
 Output goes to models/, results/ and logs/ in the current folder.
 """
 
-import os
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -47,8 +46,7 @@ def get_parser():
     add = parser.add_argument
     yes_no = {"type": boolean, "metavar": "BOOL"}
     add("--model_name", type=model_name, metavar="NAME",
-        help="one of --list_models; or MODULE:FUNCTION, which returns an nn.Module, in the current "
-        "folder or an installed package")
+        help="one of --list_models; or MODULE:FUNCTION, which returns an nn.Module of yours")
     add("--list_models", action="store_true",
         help="print torchvision's classifiers, their input size and their published accuracy")
     add("--test", default=False, **yes_no,
@@ -56,18 +54,16 @@ def get_parser():
     add("--evaluate", **yes_no,
         help="evaluation mode: both networks over labelled pictures (default: not with --test)")
     add("--weights", default="", metavar="W",
-        help="torchvision's name of them (IMAGENET1K_V1 ...), a checkpoint file, or 'random' "
-        "(default: torchvision's first, or those that MODULE:FUNCTION returns)")
+        help="IMAGENET1K_V1 ..., a checkpoint file, or 'random' (default: those it comes with)")
     add("--weights_key", default="", metavar="KEY",
         help="a state dict in the file, model_ema for instance (default: the first that fits)")
     add("--allow_branches", default=False, **yes_no,
         help="convert a network even if it branches on the values of its input (default: False)")
     add("--transform", default="", type=model_name, metavar="MODULE:NAME",
-        help="your validation transform, from a PIL picture to a tensor, or a function that makes "
-        "it (default: that of the network's library)")
+        help="your validation transform, PIL picture to tensor (default: the library's)")
     add("--default_img_preprocess", default=True, **yes_no,
-        help="test mode: prepare the picture as the network wants it (True), or as "
-        "TestClsModuleConfig says (False); options win over both (default: True)")
+        help="test mode: prepare pictures as the network wants it, or by the defaults below if "
+        "False; options win over both (default: True)")
     add("--preprocess", choices=["own", "tutorial", "transform"], default="own",
         help="evaluation mode: as the network wants it; the centre of 256x256 pixels, as in the "
         "tutorial; or PyTorch's by the transform, OpenCV's by ours (default: own)")
@@ -75,15 +71,10 @@ def get_parser():
         help="evaluation mode: OpenCV's engine (default: auto, the fastest correct one)")
     add("--resume", default=True, **yes_no,
         help="evaluation mode: resume where the same command was interrupted (default: True)")
-    for config, title, description in (
-        (TestClsConfig, "evaluation mode: TestClsConfig in test_config.py", None),
-        (TestClsModuleConfig, "test mode: TestClsModuleConfig in test_config.py",
-         "These defaults apply with --default_img_preprocess False. The options of the\n"
-         "preprocessing are evaluation mode's as well; --rsz_* needs --preprocess tutorial."),
-    ):
-        add = parser.add_argument_group(title, description).add_argument
+    for config in (TestClsConfig, TestClsModuleConfig):
+        group = parser.add_argument_group(f"{config.__name__} in test_config.py", config.__doc__)
         for field in fields(config):
-            add(f"--{field.name}", **field.metadata)
+            group.add_argument(f"--{field.name}", **field.metadata)
     return parser
 # fmt: on
 
@@ -201,8 +192,7 @@ def get_converted(args, config, module_config, picture, names, data):
     if args.evaluate:  # before the export, which takes longer
         plan = make_plan(network, data, outputs, config, args)
     elif args.classes and len(names) != outputs:
-        problem = f"{len(names)} lines, but the network has {outputs} outputs"
-        raise RequestError(f"{args.classes}: {problem}")
+        raise RequestError(f"{args.classes}: {len(names)} lines, the network has {outputs} outputs")
     if not converted:
         from conversion import convert
 
@@ -219,18 +209,16 @@ def save_entry(args, converted, names, classes):
     only_evaluates, p, name = args.evaluate and not args.test, args.preprocessing, args.model_name
     own = [] if args.classes else converted.class_names
     labels = classes if len(names) == converted.outputs and not own else None
-    theirs = args.request.is_file or (args.request.is_own and not args.request.is_random)
     if not converted.declared and not args.given.keys() & NUMBERS:
         note = "assuming ImageNet's; --transform or --resize, --mean, --std change it"
         print(f"NOTE: {name} declares no preprocessing: {note}", file=sys.stderr)
-    if theirs and labels and not args.classes:
-        print(f"NOTE: assuming that {name}'s classes are ImageNet's; --classes names others")
     if own:
         print(f"class names: the network's own, {', '.join(own)[:60]} ...")
+    elif labels and not args.classes and (args.request.is_own or args.request.is_file):
+        print(f"NOTE: assuming that {name}'s classes are ImageNet's; --classes names others")
     if not args.test:  # which prints it as well
         print(f"preprocessing: {classification.describe(p)}")
-    before = vars(converted.preprocessing)
-    changed = [key for key, value in vars(p).items() if value != before[key]]
+    changed = [k for k, value in vars(p).items() if value != vars(converted.preprocessing)[k]]
     if converted.declared and changed:
         print(f"preprocessing: the network's own but for {', '.join(changed)}, as you say")
     if only_evaluates and converted.declared:
@@ -244,10 +232,11 @@ def run_test_module(converted, module_config):
     suffixes = classification.SAVED_PICTURES
     suffix = picture.suffix if picture.suffix.lower() in suffixes else suffixes[0]
     end = f"_{name}_{module_config.test_module_name}{suffix}"
-    output = os.path.join(RESULTS_DIR, classification.get_result_name(str(picture), end))
+    output = Path(RESULTS_DIR, classification.get_result_name(str(picture), end))
     zoo = converted.path.with_name(classification.ZOO_NAME)
-    command = [sys.executable, module_config.test_module_path, name, "--zoo", str(zoo)]
-    code = subprocess.run([*command, "--input", str(picture), "--output", output]).returncode
+    command = [sys.executable, module_config.test_module_path, name]
+    command += ["--zoo", zoo, "--input", picture, "--output", output]
+    code = subprocess.run(command).returncode
     if code < 0:
         raise RequestError(f"{module_config.test_module_path} was killed by signal {-code}")
     return code

@@ -25,7 +25,7 @@ def option(default, text, parse=str, **how):
 
 @dataclass
 class TestClsConfig:
-    """The evaluation of both networks over a labelled set of pictures."""
+    """Evaluation mode: both networks over labelled pictures."""
 
     __test__ = False  # the name is the tutorial's; pytest must not collect it
 
@@ -38,7 +38,7 @@ class TestClsConfig:
 
 @dataclass
 class TestClsModuleConfig:
-    """Test mode."""
+    """Test mode: one picture. The options of the preprocessing are evaluation mode's as well."""
 
     __test__ = False
 
@@ -54,8 +54,8 @@ class TestClsModuleConfig:
     std: tuple = option((), "divide the channels of the blob by these", non_zero, nargs=3)
     crop: bool = option(False, "blobFromImage's crop", boolean)
     rgb: bool = option(True, "blobFromImage's swapRB", boolean)
-    rsz_height: int = option(None, "resize the picture to this height first, px", positive_int)
-    rsz_width: int = option(None, "resize the picture to this width first, px", positive_int)
+    rsz_height: int = option(None, "the tutorial's first resize: height, px", positive_int)
+    rsz_width: int = option(None, "the tutorial's first resize: width, px", positive_int)
     resize: tuple = option((), "the shorter side, or width and height, px", positive_int, nargs="+")
     interpolation: str = option("bilinear", "of --resize", choices=INTERPOLATIONS, metavar=None)
     center: str = option("round", "where --resize cuts", choices=CENTERS, metavar=None)

@@ -1,9 +1,7 @@
 """Does OpenCV give PyTorch's answer with a converted file?
 
-Each of OpenCV's inference engines runs in a process of its own, because a file can crash OpenCV,
-and Python with it. That process is this script, which reads blobs and writes its answers:
-
-    python verify.py resnet50.onnx new < BLOBS > ANSWERS
+Each of OpenCV's engines runs in a process of its own, because a file can crash OpenCV, and Python
+with it. That process is this script, which reads blobs and writes OpenCV's answers.
 """
 
 import os
@@ -76,13 +74,12 @@ class Reference(NamedTuple):
 
 
 def get_references(model, sample_blob):
-    """[Reference] for the picture's blob (1, 3, height, width) and others.
+    """[Reference] for the picture's blob (1, 3, height, width), and others in batches.
 
-    The others are batches, because a file may be right for one picture only: a dark, a bright and a
-    grey copy of it; noise and zeros; and the picture as if it weren't normalized. Those to which
-    PyTorch's answer hangs on rounding are left out: a deep random network's to the last one may.
-    Raises RequestError if the logits prove nothing: if they are nan, hardly change from picture to
-    picture, so that a network of constants would pass, change from run to run, or hang on rounding.
+    A file may be right for one picture only. The others: a dark, a bright and a grey copy; noise
+    and zeros; the picture as if it weren't normalized. Those to which PyTorch's answer hangs on
+    rounding are left out: a deep random network's to the last one may. Raises RequestError if
+    PyTorch's answers prove nothing.
     """
     low, high = (f(sample_blob, axis=(2, 3), keepdims=True) for f in (np.min, np.max))
     dark, bright = (limit + 0.25 * (sample_blob - limit) for limit in (low, high))
@@ -103,13 +100,12 @@ def get_references(model, sample_blob):
         logits = np.concatenate([reference.logits for reference in steady or references])
         spread = np.ptp(logits, axis=0).max()
     # > and not "not <=", which would let nan and inf pass
-    if not spread > MAX_RELATIVE_ERROR * np.abs(logits).max():
+    if not spread > MAX_RELATIVE_ERROR * np.abs(logits).max():  # a network of constants would pass
         problem = "outputs are nan, inf, or the same for every picture, and prove nothing"
     elif not (change := get_change(model, references[0])) <= MAX_RELATIVE_ERROR:
         problem = f"answer changes from run to run, by {change:.1e} (is dropout left on?)"
     elif not moves[0] <= MAX_MOVE:
-        move = f"changing the picture by 1e-06 moves it by {moves[0]:.1e}"
-        problem = f"answer hangs on rounding ({move})"
+        problem = f"answer hangs on rounding: a change of 1e-06 moves it by {moves[0]:.1e}"
     else:
         return steady
     raise RequestError(f"PyTorch's own {problem}: check the weights and the preprocessing")
@@ -161,10 +157,10 @@ def get_reason(error):
 
 
 def run_engine_apart(onnx_path, engine, blobs, timeout=None):
-    """([logits of each blob], CPU seconds of one pass with the first) from a child process.
+    """([logits of each blob], CPU seconds of one pass with the first), from a child process.
 
-    Without blobs it only reads the file. timeout: seconds. Raises NetworksDisagree if the engine
-    can't run the file, crashes, or doesn't end in time.
+    Without blobs it only reads the file. Raises NetworksDisagree if the engine can't run the file,
+    crashes, or takes more than `timeout` seconds.
     """
     command = [sys.executable, __file__, str(onnx_path), engine]
     options = {"input": pickle.dumps(blobs), "capture_output": True, "timeout": timeout}
@@ -186,10 +182,7 @@ def run_engine_apart(onnx_path, engine, blobs, timeout=None):
 
 
 def verify(onnx_path, references):
-    """(engines that give PyTorch's answer with the file, the fastest first; {engine: its failure}).
-
-    Prints a table, a row for each engine.
-    """
+    """([engines that give PyTorch's answer, the fastest first], {engine: its failure}), printed."""
     print(f"verifying with OpenCV {cv2.__version__}, limit {MAX_RELATIVE_ERROR:.0e} ...")
     names, blobs, _ = zip(*references, strict=True)
     print("relative error on", *names, "ms, one thread", sep="  ", flush=True)
