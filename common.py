@@ -122,12 +122,11 @@ class Preprocessing:
 def read_fields(values):
     """{field: value} of Preprocessing in options, a config or an entry; None is left out.
 
-    The tutorial calls initial_width rsz_width; cv2 reads true as 1, in OpenCV 4 as "true".
+    The tutorial calls initial_width rsz_width; cv2 reads true as 1.
     """
-    read = {bool: lambda value: value in (1, "true"), tuple: tuple}
     found = {}
     for field in dataclasses.fields(Preprocessing):
         value = values.get(field.name, values.get(field.name.replace("initial", "rsz")))
         if value is not None:
-            found[field.name] = read.get(field.type, lambda same: same)(value)
+            found[field.name] = field.type(value) if field.type in (bool, tuple) else value
     return found

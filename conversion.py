@@ -31,14 +31,13 @@ ANYWAY = "--allow_branches True converts it anyway"
 
 
 def convert(network, references, allow_branches=False):
-    """Write the network's file, verified; return the Converted.
+    """Write the network's file, verified against verify.get_references; return the Converted.
 
-    references: verify.get_references of the network, which OpenCV's answers are compared with.
-    Raises NetworksDisagree if OpenCV doesn't give PyTorch's answer, and RequestError if the network
-    can't be exported. A file that was there before stays until the new one is verified.
+    An older file stays until then. Raises NetworksDisagree if OpenCV doesn't give PyTorch's answer,
+    and RequestError if the network can't be exported.
     """
     path = get_onnx_path(network.request)
-    sample_blob = references[0].blob  # the picture's
+    sample_blob = references[0].blob
     older = " (replaces an older file)" if path.exists() else ""
     failures = []
     if not allow_branches:
@@ -55,8 +54,7 @@ def convert(network, references, allow_branches=False):
             except RequestError as error:
                 print(error, flush=True)
                 failures.append(error)
-        else:
-            # exit code 1, a wrong answer, before 2
+        else:  # exit code 1, a wrong answer, before 2
             raise min(failures, key=lambda e: (e.exit_code, str(e).endswith(VAGUE)))
         converted = describe_file(network, part, engines, references)
     if "data_sha1" not in converted.load_info:
@@ -83,9 +81,8 @@ def check_branches(model, sample_blob):
 def export(model, path, blob_shape, dynamo):
     """Export to ONNX for any batch size, with PyTorch's TorchScript exporter or the new one.
 
-    TorchScript's is deprecated since PyTorch 2.9, but several times faster, and OpenCV 5.0.0 reads
-    its graphs with fewer rewrites. The new one, dynamo, knows operators that TorchScript's lacks.
-    Raises RequestError if it fails.
+    TorchScript's, deprecated since PyTorch 2.9, is several times faster and needs fewer rewrites.
+    The new one, dynamo, knows operators that TorchScript's lacks. Raises RequestError if it fails.
     """
     size, batch = blob_shape[1:], {0: "batch"}
     options = {"dynamo": dynamo, "input_names": ["input"], "output_names": ["output"]}
@@ -170,8 +167,8 @@ def choose_graph(path, references):
         print(f"first wrong node, {engine} engine: ", end="", flush=True)  # it can take seconds
         where = locate(path, engine, references)
         print(where, flush=True)
-        failures[engine] = f"{engine} engine: {reason}"
         if where not in reason:
-            failures[engine] += f"; first wrong node: {where.partition(': ')[0]}"
+            reason += f"; first wrong node: {where.partition(': ')[0]}"
+        failures[engine] = f"{engine} engine: {reason}"
     reason = min(failures.values(), key=lambda failure: failure.endswith(VAGUE))
     raise NetworksDisagree(f"OpenCV {cv2.__version__} doesn't give PyTorch's answer, {reason}")
