@@ -87,8 +87,7 @@ def get_args():
     if args.evaluate is None:
         args.evaluate = not args.test
     size = args.frame_width or args.frame_size, args.frame_height or args.frame_size
-    what = args.model_name, args.weights, args.weights_key
-    args.request = Request(*what, *size, args.transform)
+    args.request = Request(args.model_name, args.weights, args.weights_key, *size, args.transform)
     args.given = read_fields(vars(args))
     if args.weights_key and not args.request.is_file:
         raise RequestError(f"--weights_key needs --weights FILE; '{args.weights}' isn't a file")
@@ -192,7 +191,8 @@ def get_converted(args, config, module_config, picture, names, data):
     if args.evaluate:  # before the export, which takes longer
         plan = make_plan(network, data, outputs, config, args)
     elif args.classes and len(names) != outputs:
-        raise RequestError(f"{args.classes}: {len(names)} lines, the network has {outputs} outputs")
+        problem = f"{len(names)} lines, but the network has {outputs} outputs"
+        raise RequestError(f"{args.classes}: {problem}")
     if not converted:
         from conversion import convert
 
