@@ -21,7 +21,7 @@ from pathlib import Path
 
 import classification
 from classification import RequestError, boolean, make_parser, read_lines, read_picture, run
-from common import Preprocessing, Request, find_bundled, read_fields
+from common import Request, find_bundled, read_fields
 from entries import find_converted, write_entry
 from evaluation import evaluate, make_plan
 from labelled_pictures import get_data
@@ -119,8 +119,7 @@ def get_preprocessing(about, args):
     """The Preprocessing of a Network, or its Converted, with what the options change."""
     given, base = args.given, about.preprocessing
     if not args.default_img_preprocess:
-        config = read_fields(vars(TestClsModuleConfig()))
-        base = Preprocessing(**config, width=base.width, height=base.height)
+        base = replace(base, **read_fields(vars(TestClsModuleConfig())))
     else:  # the tutorial's initial size is the evaluation's alone
         given = {name: value for name, value in given.items() if "initial" not in name}
         if not about.declared and given.keys() & NUMBERS:
@@ -256,9 +255,7 @@ def main():
         network, converted, plan = get_converted(args, config, module_config, picture, names, data)
         if LOCAL_RANK == 0:
             save_entry(args, converted, names, module_config.classes)
-    code = 0
-    if args.test and RANK == 0:
-        code = run_test_module(converted, module_config)
+    code = run_test_module(converted, module_config) if args.test and RANK == 0 else 0
     if args.evaluate:
         evaluate(network, converted, data, plan, args.resume)
     return code
