@@ -30,6 +30,10 @@ VAGUE = ("node: unknown", "node: none")  # ends of failures that don't say which
 ANYWAY = "--allow_branches True converts it anyway"
 
 
+class NotConvertible(RequestError):
+    """No exporter can convert this network correctly."""
+
+
 def convert(network, references, allow_branches=False):
     """Write the network's file, verified against verify.get_references; return the Converted.
 
@@ -51,6 +55,8 @@ def convert(network, references, allow_branches=False):
                 rewrite(part, allow_branches)
                 engines = choose_graph(part, references)
                 break
+            except NotConvertible:
+                raise
             except RequestError as error:
                 print(error, flush=True)
                 failures.append(error)
@@ -131,7 +137,7 @@ def rewrite(path, allow_branches=False):
         raise RequestError(f"{problem}: use torch.where instead; {ANYWAY}")
     for value in (proto.graph.input[0], proto.graph.output[0]):
         if not value.type.tensor_type.shape.dim[0].dim_param:
-            raise RequestError("the file takes one batch size only: does forward loop over it?")
+            raise NotConvertible("the file takes one batch size only: does forward loop over it?")
     fold_constants(proto)
     make_readable(proto)
     save(proto, path)
