@@ -23,11 +23,8 @@ class NetworksDisagree(RequestError):
 
 
 def find_bundled(path):
-    """`path` beside the scripts if it exists there, so that they run from any folder.
-
-    In the scripts' own folder the path stays short, for the messages.
-    """
-    beside = SCRIPT_DIR / path
+    """`path` beside the scripts if it exists there, so that they run from any folder."""
+    beside = SCRIPT_DIR / path  # in that folder the path stays short, for the messages
     return str(beside) if beside.exists() and Path.cwd() != SCRIPT_DIR else path
 
 
@@ -43,11 +40,10 @@ def get_hash(about):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yield a path in a hidden folder beside `path`; the file becomes `path` at the end.
+    """Yield a path in a hidden folder beside `path`; at the end the file becomes `path`.
 
-    So does what was written beside it, the weights of a large network. An exception leaves nothing
-    behind, and what was there before stays. Folders are made as needed. Raises RequestError if the
-    file can't be written.
+    So do files beside it, the weights of a large network. An exception leaves all as it was. Raises
+    RequestError if the file can't be written.
     """
     path = Path(path)
     prefix = f".{path.name}.{platform.node()}.{os.getpid()}."  # for remove_leftovers
@@ -123,14 +119,14 @@ class Preprocessing:
     center: str = "round"
 
 
-def read_tutorial(values):
-    """{field: value} of Preprocessing from the tutorial's {name: value}; None is left out.
+def read_fields(values):
+    """{field: value} of Preprocessing in options, a config or an entry; None is left out.
 
-    It calls initial_width rsz_width. The frame's size is left out as well: it's in the Request.
+    The tutorial calls initial_width rsz_width; cv2 reads true as 1.
     """
-    named = {name.replace("rsz_", "initial_"): value for name, value in values.items()}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in named.items()
-        if name in Preprocessing.__dataclass_fields__ and value is not None
-    }
+    found = {}
+    for field in dataclasses.fields(Preprocessing):
+        value = values.get(field.name, values.get(field.name.replace("initial", "rsz")))
+        if value is not None:
+            found[field.name] = field.type(value) if field.type in (bool, tuple) else value
+    return found

@@ -6,7 +6,6 @@ is kept. entries.py finds it again.
 
 import contextlib
 import io
-import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -27,6 +26,7 @@ from onnx_speedups import speed_up
 from verify import verify
 
 MAX_ONNX_SIZE = 2**31 - 2**20  # bytes of weights, with room for the graph
+VAGUE = ("node: unknown", "node: none")  # ends of failures that don't say which node is wrong
 ANYWAY = "--allow_branches True converts it anyway"
 
 
@@ -35,14 +35,13 @@ class NotConvertible(RequestError):
 
 
 def convert(network, references, allow_branches=False):
-    """Write the network's file, verified; return the Converted.
+    """Write the network's file, verified against verify.get_references; return the Converted.
 
-    references: verify.get_references of the network, which OpenCV's answers are compared with.
-    Raises NetworksDisagree if OpenCV doesn't give PyTorch's answer, and RequestError if the network
-    can't be exported. A file that was there before stays until the new one is verified.
+    An older file stays until then. Raises NetworksDisagree if OpenCV doesn't give PyTorch's answer,
+    and RequestError if the network can't be exported.
     """
     path = get_onnx_path(network.request)
-    sample_blob = references[0].blob  # the picture's
+    sample_blob = references[0].blob
     older = " (replaces an older file)" if path.exists() else ""
     failures = []
     if not allow_branches:
@@ -54,16 +53,15 @@ def convert(network, references, allow_branches=False):
             try:
                 export(network.model, part, sample_blob.shape, dynamo)
                 rewrite(part, allow_branches)
-                engines = check_fast(part, references) or check(part, references)
+                engines = choose_graph(part, references)
                 break
             except NotConvertible:
                 raise
             except RequestError as error:
                 print(error, flush=True)
                 failures.append(error)
-        else:
-            # exit code 1, a wrong answer, before 2
-            raise min(failures, key=lambda error: (error.exit_code, is_vague(error)))
+        else:  # exit code 1, a wrong answer, before 2
+            raise min(failures, key=lambda e: (e.exit_code, str(e).endswith(VAGUE)))
         converted = describe_file(network, part, engines, references)
     if "data_sha1" not in converted.load_info:
         Path(f"{path}.data").unlink(missing_ok=True)  # an older file's
@@ -89,29 +87,26 @@ def check_branches(model, sample_blob):
 def export(model, path, blob_shape, dynamo):
     """Export to ONNX for any batch size, with PyTorch's TorchScript exporter or the new one.
 
-    TorchScript's is deprecated since PyTorch 2.9, but several times faster, and OpenCV 5.0.0 reads
-    its graphs with fewer rewrites. The new one, dynamo, knows operators that TorchScript's lacks.
-    Raises RequestError if it fails.
+    TorchScript's, deprecated since PyTorch 2.9, is several times faster and needs fewer rewrites.
+    The new one, dynamo, knows operators that TorchScript's lacks. Raises RequestError if it fails.
     """
-    size = blob_shape[1:]
-    if dynamo:
-        # a batch of 1 would be taken for a constant
-        options = {"args": (torch.zeros(2, *size),), "verbose": False}
-        options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
-    else:
-        # OpenCV 5.0.0, 4.14 and 4.10 all read this opset, with the same answers
-        options = {"args": (torch.zeros(1, *size),), "opset_version": 17}
-        options["dynamic_axes"] = {"input": {0: "batch"}, "output": {0: "batch"}}
-    options |= {"f": str(path), "input_names": ["input"], "output_names": ["output"]}
+    size, batch = blob_shape[1:], {0: "batch"}
+    options = {"dynamo": dynamo, "input_names": ["input"], "output_names": ["output"]}
+    if dynamo:  # which would take a batch of 1 for a constant
+        pictures = torch.zeros(2, *size)
+        options |= {"dynamic_shapes": ({0: torch.export.Dim("batch")},), "verbose": False}
+    else:  # OpenCV 5.0.0, 4.14 and 4.10 all read opset 17, with the same answers
+        pictures = torch.zeros(1, *size)
+        options |= {"opset_version": 17, "dynamic_axes": {"input": batch, "output": batch}}
     try:
         with quiet():
-            torch.onnx.export(model, dynamo=dynamo, **options)
+            torch.onnx.export(model, (pictures,), str(path), **options)
     except (Exception, SystemExit) as error:  # whatever the exporter or the network's code raises
-        exporter = "PyTorch's new exporter" if dynamo else "PyTorch's TorchScript exporter"
-        problem = f"{exporter} can't export the network for {size[2]}x{size[1]} pictures"
         while error.__cause__:  # the new one's own error only says which step failed
             error = error.__cause__
         reason = str(error).strip().split("\n")[0].split(". ")[0][:100]
+        exporter = "PyTorch's new exporter" if dynamo else "PyTorch's TorchScript exporter"
+        problem = f"{exporter} can't export the network for {size[2]}x{size[1]} pictures"
         raise RequestError(f"{problem}: {type(error).__name__}: {reason}") from None
 
 
@@ -123,13 +118,10 @@ def quiet():
     with (
         warnings.catch_warnings(action="ignore"),
         mock.patch("torch._C._jit_set_onnx_log_enabled"),
+        mock.patch("logging.Logger.handle"),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
+        yield
 
 
 def rewrite(path, allow_branches=False):
@@ -161,10 +153,10 @@ def save(proto, path):
         shutil.copymode(path, data)
 
 
-def check_fast(path, references):
-    """Make the graph faster; return OpenCV's engines that are right with it.
+def choose_graph(path, references):
+    """Make the graph faster if the new engine is right with it; return the engines that are right.
 
-    If the new one isn't, the file stays as it was, and the list is empty.
+    The fastest comes first. Raises NetworksDisagree if none is, and prints where each goes wrong.
     """
     plain = onnx.load(path)
     if fast := speed_up(plain):
@@ -174,14 +166,6 @@ def check_fast(path, references):
             return engines
         print("the faster graph is wrong on the new engine: without speed-ups", flush=True)
         save(plain, path)
-    return []
-
-
-def check(path, references):
-    """OpenCV's engines that are right, the fastest first.
-
-    Raises NetworksDisagree if none is, and prints where each goes wrong.
-    """
     engines, failures = verify(path, references)
     if engines:
         return engines
@@ -189,13 +173,8 @@ def check(path, references):
         print(f"first wrong node, {engine} engine: ", end="", flush=True)  # it can take seconds
         where = locate(path, engine, references)
         print(where, flush=True)
-        failures[engine] = f"{engine} engine: {reason}"
         if where not in reason:
-            failures[engine] += f"; first wrong node: {where.partition(': ')[0]}"
-    reason = min(failures.values(), key=is_vague)
+            reason += f"; first wrong node: {where.partition(': ')[0]}"
+        failures[engine] = f"{engine} engine: {reason}"
+    reason = min(failures.values(), key=lambda failure: failure.endswith(VAGUE))
     raise NetworksDisagree(f"OpenCV {cv2.__version__} doesn't give PyTorch's answer, {reason}")
-
-
-def is_vague(failure):
-    """Whether a failure doesn't say which node is wrong."""
-    return str(failure).endswith(("node: unknown", "node: none"))

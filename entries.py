@@ -1,36 +1,29 @@
 """The entries of models.yml: what a converted file was made from, and how it is used.
 
-The file is made once per network; its entry says what it was made from, so that it is found again
-in milliseconds and without PyTorch. The rest of the entry is what test mode or a conversion last
-asked for, in the form of OpenCV's samples.
+By what it was made from, a file is found again in milliseconds and without PyTorch. The rest is
+what test mode or a conversion last asked for, in the form of OpenCV's samples.
 """
 
 import importlib.metadata
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from classification import (
-    ENGINES,
-    PILLOWS,
-    RANDOM,
-    RANDOM_SUFFIX,
-    ZOO_NAME,
-    ZOO_SAMPLE,
-    get_load_info,
-    read_lines,
-    read_zoo,
-)
-from common import SCRIPT_DIR, Preprocessing, get_digest, get_hash, whole_file
+import classification
+from classification import RANDOM, RANDOM_SUFFIX, ZOO_NAME, get_load_info, read_lines, read_zoo
+from common import SCRIPT_DIR, Preprocessing, get_digest, get_hash, read_fields, whole_file
 from processes import LOCAL_RANK
 from test_config import MODELS_DIR
 
 SCRIPTS = ("checkpoints", "conversion", "entries", "forward", "networks", "onnx_*")
 SCRIPTS += ("preprocessing", "verify")
+# What an entry says about a file, and, as its made_from, about the network.
+OF_FILE = ("load_info", "outputs", "engines", "activation")
+OF_NETWORK = ("sha256", "declared", "class_names", "preprocessing")
 
 
 @dataclass
@@ -39,18 +32,13 @@ class Converted:
 
     path: Path
     load_info: dict  # its hashes
-    engines: list  # OpenCV's engines that give PyTorch's answer with it, the fastest first
     outputs: int  # how many it has
+    engines: list  # OpenCV's engines that give PyTorch's answer with it, the fastest first
     activation: str | None  # "softmax" or "sigmoid", if the outputs are probabilities
-    made_from: str  # SHA-256 of all that it was made from
+    sha256: str  # of all that it was made from
+    declared: bool  # whether somebody says how the network wants its pictures
+    class_names: list  # that the network carries, if there is one for each output
     preprocessing: Preprocessing  # the network's own
-    declared: bool  # whether somebody says how it wants its pictures
-    known_classes: bool  # whether it's known which ones they are, or doesn't matter
-    class_names: list  # that it carries
-
-    def get_class_names(self):
-        """Those that it carries if there is one for each output, or []."""
-        return self.class_names if len(self.class_names) == self.outputs else []
 
 
 def get_onnx_path(request):
@@ -73,85 +61,71 @@ def get_alias(name):
     return name if name[:1].isalpha() or name.startswith("_") else f"_{name}"
 
 
-def get_made_from(request, network=None):
+def get_sha256(request, network=None):
     """SHA-256 of all that a converted file depends on: request, versions, and our own code.
 
     network: of a request with a --transform, whose size and greyscale are in the file.
     """
     about = asdict(request) | {"opencv": cv2.__version__}
     if request.transform:
-        p, mix = network.preprocessing, network.mix
-        about["transform"] = [p.width, p.height, mix if mix is None else mix.tolist()]
+        p = network.preprocessing
+        about["transform"] = f"{p.width}x{p.height} {network.mix}"
     about["weights"] = get_digest(request.weights) if request.is_file else request.weights.lower()
     about |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnx")}
-    for script in (path for name in SCRIPTS for path in SCRIPT_DIR.glob(f"{name}.py")):
-        about[script.name] = get_digest(script)
+    about |= {s.name: get_digest(s) for name in SCRIPTS for s in SCRIPT_DIR.glob(f"{name}.py")}
     return get_hash(about)
 
 
 def describe_file(network, file, engines, references):
     """The Converted of a network's new file, which hasn't got its name yet.
 
-    Its outputs are probabilities if all references' are. Of the same file as before, the engines
-    keep their order: which one is faster can differ from time to time, and an evaluation that was
-    stopped continues with the same engine only.
+    The same file as before keeps the order of its engines: which one is faster can differ from time
+    to time, and an evaluation that was stopped continues with the same engine only.
     """
     path, load_info = get_onnx_path(network.request), get_load_info(file)
-    entry = read_entry(path)
-    if entry.get("load_info") == load_info and isinstance(entry.get("engines"), list):
-        older = [engine for engine in entry["engines"] if engine in engines]
-        engines = list(dict.fromkeys([*older, *engines]))
-    outputs, activation = np.concatenate([reference.logits for reference in references]), None
+    older = read_converted(path)
+    if older and older.load_info == load_info:
+        engines = sorted(engines, key=[*older.engines, *engines].index)
+    outputs, activation = np.concatenate([logits for _, _, logits in references]), None
     if outputs.min() >= 0 and outputs.max() <= 1:
         adds_up = np.allclose(outputs.sum(axis=1), 1, atol=1e-3)
         activation = "softmax" if adds_up else "sigmoid"
-    made_from = get_made_from(network.request, network)
-    file = path, load_info, engines, outputs.shape[1], activation, made_from
-    return Converted(*file, **describe_network(network))
-
-
-def describe_network(network):
-    """What a Converted says about the network itself."""
-    return {
-        "preprocessing": network.preprocessing,
-        "declared": network.declared,
-        "known_classes": bool(network.published) or network.request.is_random,
-        "class_names": network.class_names,
-    }
+    file = path, load_info, outputs.shape[1], engines, activation
+    names = network.class_names if len(network.class_names) == outputs.shape[1] else []
+    made_from = get_sha256(network.request, network)
+    return Converted(*file, made_from, network.declared, names, network.preprocessing)
 
 
 def find_converted(request, network=None):
     """The Converted of a request's file, if its entry says so; else None.
 
-    What it says about the network is the Network's, if you have it, and the entry's if not.
+    network: the request's, if it is loaded; what it says about itself wins over the entry.
     """
     if request.is_own and LOCAL_RANK == 0:
         return None  # what your code computes is unknown, unless torchrun's first process ran it
     path = get_onnx_path(request)
-    entry = read_entry(path)
-    try:
-        about = {key: entry[key] for key in ("load_info", "engines", "outputs")}
-        about |= {"path": path, "activation": entry.get("activation")} | entry["made_from"]
-        about["made_from"] = about.pop("file")
-        about["preprocessing"] = read_dataclass(Preprocessing, about["preprocessing"])
-        found = read_dataclass(Converted, about | (describe_network(network) if network else {}))
-        damaged = not found.engines or not {*found.engines} <= ENGINES.keys()
-        damaged = damaged or not found.outputs > 0
-    except (KeyError, TypeError, ValueError, AttributeError):  # there is none, or it lacks a key
+    found = read_converted(path)
+    # the file is read last: that takes longest
+    same = found and found.sha256 == get_sha256(request, network)
+    if not same or found.load_info != get_load_info(path):
         return None
-    if damaged or found.made_from != get_made_from(request, network):
-        return None
-    if found.load_info != get_load_info(path):  # last: it reads the whole file
-        return None
+    if network:
+        found.preprocessing, found.declared = network.preprocessing, network.declared
     print(f"{path}: reused: converted and verified before, from the same weights and versions")
     return found
 
 
-def read_dataclass(kind, values):
-    """A dataclass from an entry, in which cv2 reads true as 1, in OpenCV 4 as "true"."""
-    types = {field.name: field.type for field in fields(kind)}
-    read = {bool: lambda value: value in (1, "true"), tuple: tuple}
-    return kind(**{name: read.get(types[name], lambda v: v)(v) for name, v in values.items()})
+def read_converted(path):
+    """What the entry of a converted file says about it; None if there is none, or it's damaged."""
+    entry = read_entry(path)
+    try:
+        about = {key: entry.get(key) for key in OF_FILE} | entry["made_from"]
+        about["preprocessing"] = Preprocessing(**read_fields(about["preprocessing"]))
+        found = Converted(path, **about | {"declared": about["declared"] == 1})
+        unknown = {*found.engines} - classification.ENGINES.keys()
+        return found if found.engines and found.outputs > 0 and not unknown else None
+    except (KeyError, TypeError, AttributeError):
+        return None
 
 
 def read_entry(path):
@@ -163,34 +137,32 @@ def read_entry(path):
 def write_entry(converted, preprocessing, classes, anew=True):
     """Write the entry of a converted file into the models.yml beside it.
 
-    classes: the file of the class names, or None for the network's own; it is copied beside the
-    model, so that you can move the folder. With anew=False an entry that is there says what the
-    file is now; how it is used stays, unless the network takes pictures of another size, or the
-    number of classes changed.
+    classes: the file of the class names, copied beside the model so that you can move the folder;
+    None for the network's own. With anew=False, what an older entry says of the file is brought up
+    to date, and the rest stays if it fits the size of the pictures and the number of classes.
     """
-    path, own = converted.path, converted.preprocessing
-    entry, name, values = read_entry(path), path.stem, {}
+    path, facts = converted.path, asdict(converted)
+    own, zoo, name = facts["preprocessing"], path.with_name(ZOO_NAME), path.stem
+    entry, values = read_entry(path), {}
     about = [entry.get(key) for key in ("model", "width", "height")]
-    if anew := anew or about != [path.name, own.width, own.height]:
-        values = {"model": path.name, "sample": ZOO_SAMPLE} | asdict(preprocessing)
-        values |= {} if preprocessing.resize else dict.fromkeys(PILLOWS)
+    if anew := anew or about != [path.name, own["width"], own["height"]]:
+        values = {"model": path.name, "sample": classification.ZOO_SAMPLE} | asdict(preprocessing)
+        values |= {} if preprocessing.resize else dict.fromkeys(classification.PILLOWS)
         values["weights"] = RANDOM if name.endswith(RANDOM_SUFFIX) else None
     old = path.parent / str(entry.get("labels"))
     fits = old.is_file() and len(read_lines(old)) == converted.outputs
     if anew or ("labels" in entry and not fits):
-        lines = read_lines(classes) if classes else converted.get_class_names()
+        lines = read_lines(classes) if classes else converted.class_names
         copy = f"{name}_{Path(classes or 'classes.txt').name}" if lines else None
         values |= {"classes": copy, "labels": copy}  # OpenCV 5's own samples read labels
         if lines:
             with whole_file(path.with_name(copy)) as part:
                 part.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    facts, keys = asdict(converted), ("declared", "known_classes", "class_names")
-    made_from = {"file": converted.made_from} | {key: facts[key] for key in keys}
-    made_from["preprocessing"] = {key: v for key, v in asdict(own).items() if v is not None}
-    values |= {key: facts[key] for key in ("load_info", "outputs", "engines", "activation")}
-    values |= {"engine": converted.engines[0], "made_from": made_from}
-    change_entry(path.with_name(ZOO_NAME), name, values, anew)
-    print(f"{path.with_name(ZOO_NAME)}: python classification.py {name}")
+    facts["preprocessing"] = {key: value for key, value in own.items() if value is not None}
+    values |= {key: facts[key] for key in OF_FILE} | {"engine": converted.engines[0]}
+    values["made_from"] = {key: facts[key] for key in OF_NETWORK}
+    change_entry(zoo, name, values, anew)
+    print(f"{zoo}: python classification.py {name}")
 
 
 def change_entry(zoo, name, values, anew):
@@ -203,7 +175,7 @@ def change_entry(zoo, name, values, anew):
     text = re.sub(r"^\.\.\.\s*\Z", "", text, flags=re.M).rstrip() + "\n"
     # it ends with its last indented line: what follows a blank line or a comment may be its own
     entry = rf"(?m)^{re.escape(name)} *:.*\n((?:(?:[ \t]*\n|#.*\n)*[ \t]+\S.*\n)*)"
-    if anew or not re.search(entry, text):
+    if anew:
         text = f"{re.sub(entry, '', text).rstrip()}\n{name}:\n"
     found = re.search(entry, text)
     lines = found[1]

@@ -94,7 +94,7 @@ def get_key(network, converted, data, plan):
         "rows": " ".join([str(ROWS_VERSION), *Row._fields]),
         "network": network.request.name,
         "weights": network.weights,
-        "made_from": converted.made_from,
+        "made_from": converted.sha256,
         "onnx": converted.load_info,
         "activation": converted.activation,
         "versions": versions | {"opencv": cv2.__version__},

@@ -2,12 +2,10 @@
 
 A conversion that fails calls it; you can, too, with any file:
 
-    python locate.py model.onnx
     python locate.py model.onnx --engine classic
 
 onnx's ReferenceEvaluator computes each node. The graph is cut after a node and run by OpenCV; the
-first cut that is wrong ends with the node. OpenCV fuses nodes, so the fault may lie in how this one
-is fused with those before it.
+first cut that is wrong ends with the node. OpenCV fuses nodes: the fault may be one before it.
 """
 
 import multiprocessing
@@ -19,6 +17,8 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
 
 from classification import RequestError, make_parser, one_line, run
 from common import SEED, NetworksDisagree
@@ -79,9 +79,6 @@ def find_first_wrong(onnx_path, engine, references, deadline):
 
 def evaluate(onnx_path, references):
     """(the file's ModelProto, {name: value} of its input and of all that depends on it)."""
-    import onnx
-    from onnx.reference import ReferenceEvaluator
-
     onnx.checker.check_model(onnx_path)
     proto = onnx.load(onnx_path)
     source = proto.graph.input[0]
@@ -102,8 +99,6 @@ def evaluate(onnx_path, references):
 
 def check_cut(proto, tensors, name, engine, seconds):
     """Raise NetworksDisagree if the graph that ends with a tensor gives it wrongly."""
-    import onnx
-
     (source, blob), *_ = tensors.items()
     info = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, tensors[name].shape)
     extractor = onnx.utils.Extractor(proto)

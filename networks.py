@@ -26,13 +26,18 @@ from torch.utils._pytree import tree_leaves
 from torchvision import models
 
 from checkpoints import find_state_dict, read_checkpoint
-from classification import RANDOM, TORCHVISION, RequestError, one_line, read_picture, scale_resize
-from common import SCRIPT_DIR, SEED, Preprocessing, Request, find_bundled, get_digest, read_tutorial
+from classification import RANDOM, RequestError, one_line, read_picture, scale_resize
+from common import SCRIPT_DIR, SEED, Preprocessing, Request, find_bundled, get_digest, read_fields
+from default_preprocess_config import PYTORCH_RSZ_HEIGHT, pytorch_resize_input_blob
 from forward import adapt_own, get_dtype, no_autocast, run_forward, takes_grey
 from preprocessing import GREY, get_parts, measure, read_pil, run_transform
 from test_config import CLS_TEST_DATA_DIR
 
-IMAGENET = Preprocessing(**read_tutorial(TORCHVISION))
+# torchvision resizes the shorter side, the tutorial both
+IMAGENET = Preprocessing(
+    **read_fields(pytorch_resize_input_blob | {"rsz_width": None, "rsz_height": None}),
+    resize=(PYTORCH_RSZ_HEIGHT,),
+)
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
 # torchvision's weights for these two expect other pictures than ImageNet's, and transform_input

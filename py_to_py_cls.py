@@ -14,35 +14,20 @@ Your own network: weights you trained, or a function that returns any nn.Module:
 Output goes to models/, results/ and logs/ in the current folder.
 """
 
-import os
 import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from classification import (
-    BLOBS,
-    ENGINES,
-    SAVED_PICTURES,
-    ZOO_NAME,
-    RequestError,
-    boolean,
-    check_preprocessing,
-    describe,
-    get_blob,
-    get_result_name,
-    make_parser,
-    read_lines,
-    read_picture,
-    run,
-)
-from common import Preprocessing, Request, find_bundled, read_tutorial
+import classification
+from classification import RequestError, boolean, make_parser, read_lines, read_picture, run
+from common import Request, find_bundled, read_fields
 from entries import find_converted, write_entry
 from evaluation import evaluate, make_plan
 from labelled_pictures import get_data
 from processes import LOCAL_RANK, RANK, first_process_first, join_processes
 from test_config import CLS_TEST_DATA_DIR, RESULTS_DIR, TestClsConfig, TestClsModuleConfig
-from verify import get_references
+from verify import EACH_ENGINE, get_references
 
 NUMBERS = {"scale", "mean", "std"}  # of which OpenCV has defaults
 
@@ -61,8 +46,7 @@ def get_parser():
     add = parser.add_argument
     yes_no = {"type": boolean, "metavar": "BOOL"}
     add("--model_name", type=model_name, metavar="NAME",
-        help="one of --list_models; or MODULE:FUNCTION, which returns an nn.Module, in the current "
-        "folder or an installed package")
+        help="one of --list_models; or MODULE:FUNCTION, which returns an nn.Module of yours")
     add("--list_models", action="store_true",
         help="print torchvision's classifiers, their input size and their published accuracy")
     add("--test", default=False, **yes_no,
@@ -70,42 +54,29 @@ def get_parser():
     add("--evaluate", **yes_no,
         help="evaluation mode: both networks over labelled pictures (default: not with --test)")
     add("--weights", default="", metavar="W",
-        help="torchvision's name of them (IMAGENET1K_V1 ...), a checkpoint file, or 'random' "
-        "(default: torchvision's first, or those that MODULE:FUNCTION returns)")
+        help="IMAGENET1K_V1 ..., a checkpoint file, or 'random' (default: those it comes with)")
     add("--weights_key", default="", metavar="KEY",
         help="a state dict in the file, model_ema for instance (default: the first that fits)")
     add("--allow_branches", default=False, **yes_no,
         help="convert a network even if it branches on the values of its input (default: False)")
     add("--transform", default="", type=model_name, metavar="MODULE:NAME",
-        help="your validation transform, from a PIL picture to a tensor, or a function that makes "
-        "it (default: that of the network's library)")
+        help="your validation transform, PIL picture to tensor (default: the library's)")
     add("--default_img_preprocess", default=True, **yes_no,
-        help="test mode: prepare the picture as the network wants it (True), or as "
-        "TestClsModuleConfig says (False); options win over both (default: True)")
+        help="test mode: prepare pictures as the network wants it, or by the defaults below if "
+        "False; options win over both (default: True)")
     add("--preprocess", choices=["own", "tutorial", "transform"], default="own",
         help="evaluation mode: as the network wants it; the centre of 256x256 pixels, as in the "
         "tutorial; or PyTorch's by the transform, OpenCV's by ours (default: own)")
-    add("--engine", choices=["auto", *ENGINES], default="auto",
+    add("--engine", choices=["auto", *EACH_ENGINE], default="auto",
         help="evaluation mode: OpenCV's engine (default: auto, the fastest correct one)")
     add("--resume", default=True, **yes_no,
         help="evaluation mode: resume where the same command was interrupted (default: True)")
-    add_config(parser, TestClsConfig, "evaluation mode: TestClsConfig in test_config.py")
-    add_config(parser, TestClsModuleConfig, "test mode: TestClsModuleConfig in test_config.py",
-        "These defaults apply with --default_img_preprocess False. The options of the\n"
-        "preprocessing are evaluation mode's as well; --rsz_* needs --preprocess tutorial.")
+    for config in (TestClsConfig, TestClsModuleConfig):
+        group = parser.add_argument_group(f"{config.__name__} in test_config.py", config.__doc__)
+        for field in fields(config):
+            group.add_argument(f"--{field.name}", **field.metadata)
     return parser
 # fmt: on
-
-
-def add_config(parser, config_class, title, description=None):
-    """Add an option for each field of the dataclass that has metadata for it."""
-    group = parser.add_argument_group(title, description)
-    for field in fields(config_class):
-        if field.metadata:
-            default = field.default
-            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-            text = f"{field.metadata['help']} (default: {'none' if shown in ('', None) else shown})"
-            group.add_argument(f"--{field.name}", **{**field.metadata, "help": text})
 
 
 def get_args():
@@ -116,11 +87,8 @@ def get_args():
     if args.evaluate is None:
         args.evaluate = not args.test
     size = args.frame_width or args.frame_size, args.frame_height or args.frame_size
-    what = args.model_name, args.weights, args.weights_key
-    args.request = Request(*what, *size, args.transform)
-    args.given = read_tutorial(vars(args))
-    if args.bgr_to_rgb is not None:
-        args.given.setdefault("rgb", args.bgr_to_rgb)
+    args.request = Request(args.model_name, args.weights, args.weights_key, *size, args.transform)
+    args.given = read_fields(vars(args))
     if args.weights_key and not args.request.is_file:
         raise RequestError(f"--weights_key needs --weights FILE; '{args.weights}' isn't a file")
     check_given(args)
@@ -141,29 +109,27 @@ def check_given(args):
         needed = "--preprocess tutorial or --default_img_preprocess False"
         raise RequestError(f"--rsz_width and --rsz_height need {needed}; else, give --resize")
     others = given & {"--resize", "--interpolation", "--center", "--crop"}
-    if is_tutorial and not args.test and others:
-        hint = "leave out --resize, --interpolation, --center and --crop"
-        raise RequestError(f"--preprocess tutorial has its own centre: {hint}")
+    if is_tutorial and others and not args.test:
+        raise RequestError(f"--preprocess tutorial has its own centre: leave out {min(others)}")
     if "--resize" in given and given & {"--crop", *initial}:
         raise RequestError("--resize is another way than --crop and --rsz_*: leave one out")
 
 
-def get_preprocessing(about, args, module_config):
+def get_preprocessing(about, args):
     """The Preprocessing of a Network, or its Converted, with what the options change."""
     given, base = args.given, about.preprocessing
     if not args.default_img_preprocess:
-        fields = read_tutorial(vars(module_config))
-        base = Preprocessing(**fields, width=base.width, height=base.height)
+        base = replace(base, **read_fields(vars(TestClsModuleConfig())))
     else:  # the tutorial's initial size is the evaluation's alone
         given = {name: value for name, value in given.items() if "initial" not in name}
         if not about.declared and given.keys() & NUMBERS:
             base = replace(base, scale=1.0, mean=(0.0,) * 3, std=())  # OpenCV's defaults
-    if given.keys() & {*BLOBS}:
+    if given.keys() & {*classification.BLOBS}:
         base = replace(base, resize=(), interpolation="bilinear", center="round")
     p = replace(base, **given)
     if "resize" in given:
         p = replace(p, crop=p.resize != (p.width, p.height))
-    check_preprocessing(p, given)
+    classification.check_preprocessing(p, given)
     return p
 
 
@@ -197,26 +163,29 @@ def list_models():
         )
 
 
-def get_converted(args, config, module_config, picture, names, data):
-    """(Network, Converted, Plan of the evaluation) of the network's file: a new one, or reused.
+def load(args, data, test_picture):
+    """(Network, Converted): None for a Network that isn't needed, or a file that isn't there yet.
 
-    Without an evaluation, a file that is found without PyTorch is enough: the Network is None.
+    Without an evaluation, a file that is found without PyTorch is enough.
     """
-    network, plan = None, None
-    converted = None if args.evaluate or args.transform else find_converted(args.request)
-    if not converted:
-        print("loading PyTorch ...", flush=True)  # it takes seconds
-        from conversion import convert
-        from networks import load_network
+    if not (args.evaluate or args.transform) and (converted := find_converted(args.request)):
+        return None, converted
+    print("loading PyTorch ...", flush=True)  # it takes seconds
+    from networks import load_network
 
-        or_random = data is None or data.bundled
-        network = load_network(args.request, or_random, module_config.input_img)
-        # again: only now is it known that a download failed, or that a size is the network's own
-        converted = find_converted(network.request, network)
-    references = []
-    args.preprocessing = get_preprocessing(network or converted, args, module_config)
+    network = load_network(args.request, data is None or data.bundled, test_picture)
+    # again: only now is it known that a download failed, or that a size is the network's own
+    return network, find_converted(network.request, network)
+
+
+def get_converted(args, config, module_config, picture, names, data):
+    """(Network, Converted, Plan of the evaluation) of the network's file: a new one, or reused."""
+    network, converted = load(args, data, module_config.input_img)
+    args.preprocessing = get_preprocessing(network or converted, args)
+    references, plan = [], None
     if not converted:
-        references = get_references(network.model, get_blob(picture, network.preprocessing))
+        blob = classification.get_blob(picture, network.preprocessing)
+        references = get_references(network.model, blob)
     outputs = converted.outputs if converted else references[0].logits.shape[1]
     if args.evaluate:  # before the export, which takes longer
         plan = make_plan(network, data, outputs, config, args)
@@ -224,31 +193,31 @@ def get_converted(args, config, module_config, picture, names, data):
         problem = f"{len(names)} lines, but the network has {outputs} outputs"
         raise RequestError(f"{args.classes}: {problem}")
     if not converted:
+        from conversion import convert
+
         converted = convert(network, references, args.allow_branches)
     return network, converted, plan
 
 
-def save_entry(args, module_config, converted, names):
+def save_entry(args, converted, names, classes):
     """Write the entry that test mode or a conversion asks for; report what had to be assumed.
 
     An evaluation by itself says what the file is, and leaves how an older entry has it used, unless
-    that doesn't fit any more.
+    that doesn't fit any more. names: the lines of the file `classes`.
     """
-    only_evaluates, p = args.evaluate and not args.test, args.preprocessing
-    own = [] if args.classes else converted.get_class_names()
-    labels = module_config.classes if len(names) == converted.outputs and not own else None
-    name = args.model_name
+    only_evaluates, p, name = args.evaluate and not args.test, args.preprocessing, args.model_name
+    own = [] if args.classes else converted.class_names
+    labels = classes if len(names) == converted.outputs and not own else None
     if not converted.declared and not args.given.keys() & NUMBERS:
         note = "assuming ImageNet's; --transform or --resize, --mean, --std change it"
         print(f"NOTE: {name} declares no preprocessing: {note}", file=sys.stderr)
-    if not converted.known_classes and labels and not args.classes:
-        print(f"NOTE: assuming that {name}'s classes are ImageNet's; --classes names others")
     if own:
         print(f"class names: the network's own, {', '.join(own)[:60]} ...")
+    elif labels and not args.classes and (args.request.is_own or args.request.is_file):
+        print(f"NOTE: assuming that {name}'s classes are ImageNet's; --classes names others")
     if not args.test:  # which prints it as well
-        print(f"preprocessing: {describe(p)}")
-    theirs = vars(converted.preprocessing)
-    changed = [key for key, value in vars(p).items() if value != theirs[key]]
+        print(f"preprocessing: {classification.describe(p)}")
+    changed = [k for k, value in vars(p).items() if value != vars(converted.preprocessing)[k]]
     if converted.declared and changed:
         print(f"preprocessing: the network's own but for {', '.join(changed)}, as you say")
     if only_evaluates and converted.declared:
@@ -259,11 +228,13 @@ def save_entry(args, module_config, converted, names):
 def run_test_module(converted, module_config):
     """Run classification.py on the converted network, as you would; return its exit code."""
     picture, name = Path(module_config.input_img), converted.path.stem
-    suffix = picture.suffix if picture.suffix.lower() in SAVED_PICTURES else SAVED_PICTURES[0]
-    result = get_result_name(str(picture), f"_{name}_{module_config.test_module_name}{suffix}")
+    suffixes = classification.SAVED_PICTURES
+    suffix = picture.suffix if picture.suffix.lower() in suffixes else suffixes[0]
+    end = f"_{name}_{module_config.test_module_name}{suffix}"
+    output = Path(RESULTS_DIR, classification.get_result_name(str(picture), end))
+    zoo = converted.path.with_name(classification.ZOO_NAME)
     command = [sys.executable, module_config.test_module_path, name]
-    command += ["--zoo", str(converted.path.with_name(ZOO_NAME)), "--input", str(picture)]
-    command += ["--output", os.path.join(RESULTS_DIR, result)]
+    command += ["--zoo", zoo, "--input", picture, "--output", output]
     code = subprocess.run(command).returncode
     if code < 0:
         raise RequestError(f"{module_config.test_module_path} was killed by signal {-code}")
@@ -283,10 +254,8 @@ def main():
     with first_process_first():
         network, converted, plan = get_converted(args, config, module_config, picture, names, data)
         if LOCAL_RANK == 0:
-            save_entry(args, module_config, converted, names)
-    code = 0
-    if args.test and RANK == 0:
-        code = run_test_module(converted, module_config)
+            save_entry(args, converted, names, module_config.classes)
+    code = run_test_module(converted, module_config) if args.test and RANK == 0 else 0
     if args.evaluate:
         evaluate(network, converted, data, plan, args.resume)
     return code

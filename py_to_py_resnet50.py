@@ -58,7 +58,7 @@ def get_preprocessed_img(img_path):
 
 def get_imagenet_labels():
     """The 1000 class names."""
-    return read_lines(find_bundled(TestClsModuleConfig().classes))
+    return read_lines(find_bundled(TestClsModuleConfig.classes))
 
 
 def get_opencv_dnn_prediction(opencv_net, preproc_img):
@@ -81,16 +81,12 @@ def print_prediction(framework, out, imagenet_labels):
     print(f"* confidence: {out[0][class_id]:.4f}")  # the logit, not a probability
 
 
-def get_args():
-    parser = make_parser(__doc__)
-    default = find_bundled(TestClsModuleConfig().input_img)
-    text = "the picture that both networks classify (default: %(default)s)"
-    parser.add_argument("--input_img", default=default, metavar="FILE", help=text)
-    return parser.parse_args()
-
-
 def main():
-    args = get_args()
+    parser = make_parser(__doc__)
+    text = "the picture that both networks classify (default: a bundled one)"
+    default = find_bundled(TestClsModuleConfig.input_img)
+    parser.add_argument("--input_img", default=default, metavar="FILE", help=text)
+    args = parser.parse_args()
     input_img = get_preprocessed_img(args.input_img)
     imagenet_labels = get_imagenet_labels()
 

@@ -1,19 +1,16 @@
 """Does OpenCV give PyTorch's answer with a converted file?
 
-Each of OpenCV's inference engines runs in a process of its own, because a file can crash OpenCV,
-and Python with it. That process is this script, with a folder of blobs for its answers:
-
-    python verify.py resnet50.onnx new FOLDER
+Each of OpenCV's engines runs in a process of its own, because a file can crash OpenCV, and Python
+with it. That process is this script, which reads blobs and writes OpenCV's answers.
 """
 
 import os
+import pickle
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -77,23 +74,22 @@ class Reference(NamedTuple):
 
 
 def get_references(model, sample_blob):
-    """[Reference] for the picture's blob (1, 3, height, width) and others.
+    """[Reference] for the picture's blob (1, 3, height, width), and others in batches.
 
-    The others are batches, because a file may be right for one picture only: a dark, a bright and a
-    grey copy of it; noise and zeros; and the picture as if it weren't normalized. Those to which
-    PyTorch's answer hangs on rounding are left out: a deep random network's to the last one may.
-    Raises RequestError if the logits prove nothing: if they are nan, hardly change from picture to
-    picture, so that a network of constants would pass, change from run to run, or hang on rounding.
+    A file may be right for one picture only. The others: a dark, a bright and a grey copy; noise
+    and zeros; the picture as if it weren't normalized. Those to which PyTorch's answer hangs on
+    rounding are left out: a deep random network's to the last one may. Raises RequestError if
+    PyTorch's answers prove nothing.
     """
-    darkest, brightest = (f(sample_blob, axis=(2, 3), keepdims=True) for f in (np.min, np.max))
-    copies = [limit + 0.25 * (sample_blob - limit) for limit in (darkest, brightest)]
-    copies.append(np.repeat(sample_blob.mean(axis=1, keepdims=True), 3, axis=1))
+    low, high = (f(sample_blob, axis=(2, 3), keepdims=True) for f in (np.min, np.max))
+    dark, bright = (limit + 0.25 * (sample_blob - limit) for limit in (low, high))
+    grey = np.repeat(sample_blob.mean(axis=1, keepdims=True), 3, axis=1)
     noise = np.random.default_rng(SEED).standard_normal((3, *sample_blob.shape[1:]), np.float32)
     noise[2] = 0
-    raw = 255 * (sample_blob - darkest.min()) / max(brightest.max() - darkest.min(), 1e-6)
+    raw = 255 * (sample_blob - low.min()) / max(high.max() - low.min(), 1e-6)
     blobs = {
         "picture": sample_blob,
-        "dark, bright, grey": np.concatenate(copies),
+        "dark, bright, grey": np.concatenate([dark, bright, grey]),
         "noise, zeros": noise,
         "0 to 255": raw.astype(np.float32),
     }
@@ -104,17 +100,15 @@ def get_references(model, sample_blob):
         logits = np.concatenate([reference.logits for reference in steady or references])
         spread = np.ptp(logits, axis=0).max()
     # > and not "not <=", which would let nan and inf pass
-    if not spread > MAX_RELATIVE_ERROR * np.abs(logits).max():
+    if not spread > MAX_RELATIVE_ERROR * np.abs(logits).max():  # a network of constants would pass
         problem = "outputs are nan, inf, or the same for every picture, and prove nothing"
-        raise RequestError(f"PyTorch's own {problem}: check the weights and the preprocessing")
-    change = get_change(model, references[0])
-    if not change <= MAX_RELATIVE_ERROR:
-        problem = f"changes from run to run, by {change:.1e}"
-        raise RequestError(f"PyTorch's own answer {problem}: is dropout left on?")
-    if not moves[0] <= MAX_MOVE:
-        problem = f"hangs on rounding: changing the picture by 1e-06 moves it by {moves[0]:.1e}"
-        raise RequestError(f"PyTorch's own answer {problem}; check the weights and preprocessing")
-    return steady
+    elif not (change := get_change(model, references[0])) <= MAX_RELATIVE_ERROR:
+        problem = f"answer changes from run to run, by {change:.1e} (is dropout left on?)"
+    elif not moves[0] <= MAX_MOVE:
+        problem = f"answer hangs on rounding: a change of 1e-06 moves it by {moves[0]:.1e}"
+    else:
+        return steady
+    raise RequestError(f"PyTorch's own {problem}: check the weights and the preprocessing")
 
 
 def get_change(model, reference, factor=1):
@@ -163,90 +157,76 @@ def get_reason(error):
 
 
 def run_engine_apart(onnx_path, engine, blobs, timeout=None):
-    """([logits of each blob], CPU seconds of one pass with the first) from a child process.
+    """([logits of each blob], CPU seconds of one pass with the first), from a child process.
 
-    Without blobs it only reads the file. timeout: seconds. Raises NetworksDisagree if the engine
-    can't run the file, crashes, or doesn't end in time.
+    Without blobs it only reads the file. Raises NetworksDisagree if the engine can't run the file,
+    crashes, or takes more than `timeout` seconds.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder, "blobs.npz"), *blobs)
-        command = [sys.executable, __file__, str(onnx_path), engine, folder]
-        options = {"capture_output": True, "text": True, "errors": "replace", "timeout": timeout}
-        options["env"] = os.environ | {"OPENCV_LOG_LEVEL": "WARNING"}
+    command = [sys.executable, __file__, str(onnx_path), engine]
+    options = {"input": pickle.dumps(blobs), "capture_output": True, "timeout": timeout}
+    try:
+        child = subprocess.run(command, env=os.environ | {"OPENCV_LOG_LEVEL": "WARNING"}, **options)
+    except subprocess.TimeoutExpired:
+        raise NetworksDisagree(f"doesn't end within {timeout:.0f} s") from None
+    if child.returncode == 0:
+        return pickle.loads(child.stdout)
+    said = child.stderr.decode(errors="replace")
+    last = (said.splitlines() or [f"exit code {child.returncode}"])[-1]
+    reason = last.partition("error: ")[2] or last
+    if child.returncode < 0:
+        reason = f"crashes (signal {-child.returncode})"
+    # in the log of OpenCV 5.0.0's new engine, which then tries the classic one's importer
+    if lacking := re.findall(r"^\t(\w+)$", said, re.M):
+        reason = f"can't read the file: {' and '.join(lacking)} not supported; {reason}"
+    raise NetworksDisagree(reason)
+
+
+def verify(onnx_path, references):
+    """([engines that give PyTorch's answer, the fastest first], {engine: its failure}), printed."""
+    print(f"verifying with OpenCV {cv2.__version__}, limit {MAX_RELATIVE_ERROR:.0e} ...")
+    names, blobs, _ = zip(*references, strict=True)
+    print("relative error on", *names, "ms, one thread", sep="  ", flush=True)
+    seconds, failures = {}, {}
+    for engine in EACH_ENGINE:
+        cells = []
         try:
-            child = subprocess.run(command, **options)
-        except subprocess.TimeoutExpired:
-            raise NetworksDisagree(f"doesn't end within {timeout:.0f} s") from None
-        if child.returncode:
-            lines = child.stderr.splitlines() or [f"exit code {child.returncode}"]
-            reason = lines[-1].partition("error: ")[2] or lines[-1]
-            if child.returncode < 0:
-                reason = f"crashes (signal {-child.returncode})"
-            # in the log of OpenCV 5.0.0's new engine, which then tries the classic one's importer
-            if lacking := re.findall(r"^\t(\w+)$", child.stderr, re.M):
-                reason = f"can't read the file: {' and '.join(lacking)} not supported; {reason}"
-            raise NetworksDisagree(reason)
-        with np.load(Path(folder, "logits.npz")) as arrays:
-            *logits, seconds = (arrays[name] for name in arrays.files)
-    return logits, float(seconds)
+            outputs, time_of_one = run_engine_apart(onnx_path, engine, blobs)
+            for (name, _, logits), output in zip(references, outputs, strict=True):
+                difference = compare(logits, output)
+                if not difference.agree:
+                    raise NetworksDisagree(f"wrong on {name}: {difference}")
+                cells.append(f"{difference.relative:{len(name)}.1e}")
+            seconds[engine] = time_of_one
+            cells.append(f"{1000 * time_of_one:14.1f}")
+        except NetworksDisagree as error:
+            failures[engine] = str(error)
+            cells = [failures[engine]]
+        print(f"{engine + ' engine':17}", *cells, sep="  ", flush=True)
+    return sorted(seconds, key=seconds.get), failures
 
 
-def time_pass(forward):
-    """CPU seconds of one forward pass: the least of several, after one that allocates its memory.
+def time_pass(net, blob):
+    """CPU seconds of one forward pass with one thread: the least of several; the first allocates.
 
-    Other programs hardly change them. Give it a pass that takes one thread: others would count,
+    By wall time, another program's load could choose the slower engine. More threads would count
     even while they wait.
     """
-    forward()
+    cv2.setNumThreads(1)
     times = []
-    while len(times) < 2 or sum(times) < 0.1:
+    while len(times) < 3 or sum(times[1:]) < 0.1:
         start = time.process_time()
-        forward()
+        run_opencv(net, blob)
         times.append(time.process_time() - start)
     return min(times)
 
 
-def verify_engine(onnx_path, engine, references):
-    """([Difference to each reference], CPU seconds of one picture) of one of OpenCV's engines.
-
-    Raises NetworksDisagree, with the figures.
-    """
-    outputs, seconds = run_engine_apart(onnx_path, engine, [blob for _, blob, _ in references])
-    differences = []
-    for (name, _, logits), output in zip(references, outputs, strict=True):
-        differences.append(compare(logits, output))
-        if not differences[-1].agree:
-            raise NetworksDisagree(f"wrong on {name}: {differences[-1]}")
-    return differences, seconds
-
-
-def verify(onnx_path, references):
-    """(engines that give PyTorch's answer with the file, the fastest first; {engine: its failure}).
-
-    Prints a table, a row for each engine.
-    """
-    print(f"verifying with OpenCV {cv2.__version__}, limit {MAX_RELATIVE_ERROR:.0e} ...")
-    names = [name for name, _, _ in references]
-    print("relative error on", *names, "ms, one thread", sep="  ", flush=True)
-    seconds, failures = {}, {}
-    for engine in EACH_ENGINE:
-        try:
-            differences, seconds[engine] = verify_engine(onnx_path, engine, references)
-            cells = [f"{d.relative:{len(n)}.1e}" for d, n in zip(differences, names, strict=True)]
-            cells = "  ".join([*cells, f"{1000 * seconds[engine]:14.1f}"])
-        except NetworksDisagree as error:
-            failures[engine] = cells = str(error)
-        print(f"{engine + ' engine':17}  {cells}", flush=True)
-    return sorted(seconds, key=seconds.get), failures
-
-
 def main():
     """What the child does: one net for blobs of several batch sizes, as in an evaluation."""
-    if len(sys.argv) != 4:
-        raise RequestError("takes MODEL ENGINE FOLDER; a conversion starts it by itself")
-    onnx_path, engine, folder = sys.argv[1:]
-    with np.load(Path(folder, "blobs.npz")) as arrays:
-        blobs = [arrays[name] for name in arrays.files]
+    if len(sys.argv) != 3:
+        raise RequestError("takes MODEL ENGINE; a conversion starts it by itself")
+    onnx_path, engine = sys.argv[1:]
+    blobs, answers = pickle.load(sys.stdin.buffer), os.dup(1)
+    os.dup2(2, 1)  # what OpenCV may print isn't the answer
     try:
         net = cv2.dnn.readNetFromONNX(onnx_path, ENGINES[engine])
     except cv2.error as error:
@@ -254,10 +234,9 @@ def main():
     if net.empty():  # OpenCV 5.0.0's new engine only logs what it can't read
         raise NetworksDisagree("the network is empty")
     logits = [run_opencv(net, blob) for blob in blobs]
-    # by wall time, another program's load could choose the slower engine
-    cv2.setNumThreads(1)
-    seconds = time_pass(lambda: run_opencv(net, blobs[0])) if blobs else 0
-    np.savez(Path(folder, "logits.npz"), *logits, seconds)
+    seconds = time_pass(net, blobs[0]) if blobs else 0
+    with open(answers, "wb") as file:
+        pickle.dump((logits, seconds), file)
 
 
 if __name__ == "__main__":

@@ -134,29 +134,24 @@ def measure(name, threads=1):
                 shutil.copy(data, f"{plain}.data")
                 raw.unlink()
 
-        def verify_engine(path, engine, references):
-            """verify.verify_engine; keeps what it finds of the last file."""
-            try:
-                differences, seconds = verify_one(path, engine, references)
-            except verify.NetworksDisagree as error:
-                record["engines"][engine] = {"failure": str(error)}
-                raise
-            error = max(difference.relative for difference in differences)
-            record["engines"][engine] = {"relative": error}
-            return differences, seconds
-
-        conversion_rewrite, verify_one = conversion.rewrite, verify.verify_engine
+        conversion_rewrite = conversion.rewrite
         said = io.StringIO()
         try:
             with (
                 mock.patch("entries.MODELS_DIR", folder),
                 mock.patch("conversion.rewrite", rewrite),
-                mock.patch("verify.verify_engine", verify_engine),
                 contextlib.redirect_stdout(said),
             ):
                 converted = conversion.convert(network, references)
         except RequestError as error:
-            return record | {"failure": str(error)}
+            record["failure"] = str(error)
+        for engine, cells in re.findall(r"^(new|classic) engine  +(.+)$", said.getvalue(), re.M):
+            is_right = re.fullmatch(r"[\d.e +-]+", cells)  # else words; the last file counts
+            errors = cells.split()[:-1]  # without the ms
+            found = {"relative": max(map(float, errors))} if is_right else {"failure": cells}
+            record["engines"][engine] = found
+        if "failure" in record:
+            return record
         files = [converted.path, Path(f"{converted.path}.data")]
         record["mb"] = sum(file.stat().st_size for file in files if file.exists()) / 2**20
         record["exporter"] = "TorchScript" if said.getvalue().count("exporting ") == 1 else "new"

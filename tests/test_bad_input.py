@@ -198,7 +198,7 @@ def test_files_where_the_folders_should_be(run, model, folder, weights):
         ("--img_cls_file nope.txt", "ILSVRC2012_img_val"),
         ("--rsz_width 300 --rsz_height 300", "need --preprocess tutorial or"),
         ("--preprocess tutorial --rsz_width 300", "go together"),
-        ("--preprocess tutorial --crop True", "leave out --resize ... --crop"),
+        ("--preprocess tutorial --crop True", "leave out --crop"),
         ("--resize 256 --crop True", "leave one out"),
         ("--transform a:b --mean 1 2 3", "leave out --mean"),
         ("--transform a:b --default_img_preprocess False", "leave out --default_img_preprocess"),

@@ -723,7 +723,7 @@ def test_the_key_of_an_evaluation(folder):
     """Changed pictures of the same names and sizes are others, and so is another last digit."""
     shutil.copy(PICTURES / "koala.jpg", folder)
     network = SimpleNamespace(request=Request("a"), weights="own")
-    converted = SimpleNamespace(made_from="1", load_info={}, activation=None)
+    converted = SimpleNamespace(sha256="1", load_info={}, activation=None)
     plan = Plan("own", IMAGENET, "", "RGB", "new", 5)
 
     def key(label=105, **changed):
@@ -748,7 +748,7 @@ def test_the_key_of_an_evaluation(folder):
 def test_a_key_knows_what_a_row_is(monkeypatch):
     """A column more, or another meaning, and older batches aren't read as if they had it."""
     network = SimpleNamespace(request=Request("a"), weights="own")
-    converted = SimpleNamespace(made_from="1", load_info={}, activation=None)
+    converted = SimpleNamespace(sha256="1", load_info={}, activation=None)
     arguments = network, converted, Data(".", [], []), Plan("own", IMAGENET, "", "RGB", "new", 5)
     before = evaluation.get_key(*arguments)
     for name, value in (

@@ -129,15 +129,15 @@ def test_the_limit_of_a_finished_evaluation():
 @pytest.mark.parametrize("fastest", ["new", "classic"])
 def test_the_fastest_engine_is_taken(monkeypatch, tmp_path, fastest):
     """By the verification, and by an evaluation, which takes the first of its list."""
-    right = Difference(0.0, 0.0, 0.0, 1, 1)
-    measure = lambda path, engine, _: ([right], 1 if engine == fastest else 2)  # noqa: E731
-    monkeypatch.setattr(verify, "verify_engine", measure)
+    logits = np.ones((1, 2), np.float32)
+    measure = lambda path, engine, _: ([logits], 1 if engine == fastest else 2)  # noqa: E731
+    monkeypatch.setattr(verify, "run_engine_apart", measure)
     monkeypatch.setattr(verify, "EACH_ENGINE", ["new", "classic"])
-    engines, failures = verify.verify(tmp_path / "x.onnx", [("picture", None, None)])
+    engines, failures = verify.verify(tmp_path / "x.onnx", [("picture", None, logits)])
     assert engines[0] == fastest and len(engines) == 2 and not failures
 
-    about = 10, None, "", IMAGENET, True, True, []
-    converted = entries.Converted(tmp_path / "x.onnx", {}, engines, *about)
+    about = 10, engines, None, "", True, [], IMAGENET
+    converted = entries.Converted(tmp_path / "x.onnx", {}, *about)
     assert evaluation.choose_engine(converted, "auto") == fastest
     assert evaluation.choose_engine(converted, "new") == "new"
     converted.engines.remove("new")

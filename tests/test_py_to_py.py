@@ -33,7 +33,7 @@ import conversion
 import entries
 import py_to_py_resnet50
 from classification import RequestError, read_zoo
-from common import NetworksDisagree, Preprocessing, read_tutorial
+from common import NetworksDisagree, Preprocessing, read_fields
 from conversion import convert
 from entries import find_converted, get_onnx_path
 from networks import IMAGENET, Network, Request
@@ -213,7 +213,7 @@ def test_two_weights_files_of_one_name(run, folder, converted_before, weights, g
         ("engines", ['["quantum"]', '["new", "quantum"]', "[]", "3", None]),
         ("outputs", [None, '"many"', "-1"]),
         ("load_info", [None, '{ sha1: "0" }']),
-        ("made_from", [None, '"a text"', '{ file: "0" }', '{ file: "0", preprocessing: "x" }']),
+        ("made_from", [None, '"a text"', '{ sha256: "0" }', '{ sha256: "0", preprocessing: "x" }']),
     ],
 )
 def test_damaged_entry(converted_before, weights, monkeypatch, key, values):
@@ -413,7 +413,7 @@ def test_a_file_called_random_is_not_taken_for_random_weights(tmp_path):
 
 def test_standalone_constants_are_the_projects():
     """classification.py travels alone and so has its own copy of two facts."""
-    own = Preprocessing(**read_tutorial(classification.TORCHVISION))
+    own = Preprocessing(**read_fields(classification.TORCHVISION))
     assert own == IMAGENET
     assert own.scale == 1 / 255 and own.mean == (123.675, 116.28, 103.53)
     assert str(classification.BUNDLED_PICTURE).endswith(TestClsModuleConfig().input_img)

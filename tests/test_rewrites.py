@@ -149,10 +149,11 @@ def test_a_node_that_opencv_cannot_read_is_found_without_its_values(tmp_path, en
     assert locate(tmp_path / "graph.onnx", engine).startswith("DeformConv")
 
 
-def test_a_working_network_does_not_wait_for_the_search(monkeypatch):
+def test_a_working_network_does_not_wait_for_the_search(tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "verify", lambda *_: (["new"], {"classic": "crashes"}))
     monkeypatch.setattr(conversion, "locate", None)
-    assert conversion.check("graph.onnx", []) == ["new"]
+    onnx.save(make_proto("tanh"), tmp_path / "graph.onnx")
+    assert conversion.choose_graph(tmp_path / "graph.onnx", []) == ["new"]
 
 
 def test_the_failure_that_names_a_node_is_quoted(monkeypatch, capsys):

@@ -9,8 +9,8 @@ import pytest
 from conftest import PICTURES, ROOT, check_one_line, get_output, read_answer
 
 from classification import read_zoo
-from common import Preprocessing
-from entries import Converted, read_dataclass, write_entry
+from common import Preprocessing, read_fields
+from entries import Converted, write_entry
 from networks import IMAGENET
 from verify import EACH_ENGINE
 
@@ -34,7 +34,7 @@ def test_entry_of_a_converted_network(run, start, folder, weights):
     assert classes.read_bytes() == (PICTURES / "imagenet_classes.txt").read_bytes()
     engines, made_from = entry.pop("engines"), entry.pop("made_from")
     assert sorted(engines) == sorted(EACH_ENGINE)
-    assert made_from["file"] and len(made_from) == 5
+    assert made_from["sha256"] and len(made_from) == 4
     sha1 = hashlib.sha1((folder / "models" / f"{name}.onnx").read_bytes()).hexdigest()
     assert entry == {
         "load_info": {"sha1": sha1},
@@ -198,16 +198,15 @@ def test_other_peoples_entries_stay_as_they_are(tmp_path):
     after = 'é.net:\n  load_info:\n    url: "true"\n  list: [ {x: 1}, {y: 2} ]\n'
     path = tmp_path / "models.yml"
     path.write_text(before + after, "utf-8")
-    about = {"sha1": "0"}, ["new"], 1000, None, "1", IMAGENET, True, False, []
+    about = {"sha1": "0"}, 1000, ["new"], None, "1", True, [], IMAGENET
     converted = Converted(tmp_path / "net.onnx", *about)
     write_entry(converted, IMAGENET, None)
     text = path.read_text("utf-8")
     others = before.replace('net:\n  model: "a.onnx"\n', "") + after
     assert text.startswith(others) and text.count("net:\n") == 2
     made_from = read_zoo(path)["net"]["made_from"]
-    assert made_from["file"] == "1"
-    assert (made_from["declared"], made_from["known_classes"]) == (1, 0)
-    assert read_dataclass(Preprocessing, made_from["preprocessing"]) == IMAGENET
+    assert (made_from["sha256"], made_from["declared"]) == ("1", 1)
+    assert Preprocessing(**read_fields(made_from["preprocessing"])) == IMAGENET
     write_entry(converted, IMAGENET, None)
     assert path.read_text("utf-8") == text
 
