@@ -6,11 +6,11 @@ batch of 2 and one of 3. (onnxslim does this as well: 19 s for swin_v2_t, which 
 
 import numpy as np
 import onnx
-from onnx.helper import make_empty_tensor_value_info, make_tensor_type_proto
+from onnx.helper import make_function, make_tensor_type_proto
 from onnx.numpy_helper import from_array, to_array
 from onnx.reference import ReferenceEvaluator
 
-from onnx_graph import add_constant, get_attribute, get_inputs, remove_unused
+from onnx_graph import remove_unused
 
 MAX_GROWTH = 2**20  # elements by which a constant may be larger than what it is computed from
 
@@ -29,55 +29,46 @@ def fold_constants(proto):
     """Put constants in the place of all that neither a picture nor the batch changes.
 
     Most nodes of an exported transformer compute sizes: OpenCV 5.0.0 takes 2.3 s to load the 6,620
-    of swin_v2_t. Only the batch's size is unknown, so a constant is what is the same for a batch of
-    2 and one of 3.
+    of swin_v2_t.
     """
     graph = proto.graph
     two, three = (evaluate(proto, batch)[1] for batch in (2, 3))
-    both = two.keys() & three.keys()
-    folded = {name for name in both if np.array_equal(two[name], three[name])}
-    kept = [node for node in graph.node if not folded.issuperset(node.output)]
-    for node in kept:
-        shape = node.input[1] if node.op_type == "Reshape" else None
-        if shape in both - folded and two[shape].shape == three[shape].shape:
-            sizes = np.where(two[shape] == three[shape], two[shape], -1)
-            if list(sizes).count(-1) == 1:  # the batch, or a multiple of it
-                node.input[1] = add_constant(graph, f"{node.output[0]}_shape", sizes)
-    used = {o.name for o in graph.output}.union(*map(get_inputs, kept))
-    graph.initializer.extend(from_array(two[name], name) for name in sorted(folded & used))
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    known = two.keys() & three.keys()
+    for node in graph.node:
+        if known.issuperset(node.output) and all(two[n] == three[n] for n in node.output):
+            graph.initializer.extend(two[name] for name in node.output)
+        elif node.op_type == "Reshape" and node.input[1] in known:
+            a, b = (to_array(tensors[node.input[1]]) for tensors in (two, three))
+            if np.sum(a != b) == 1 and -1 not in a:  # the batch, or a multiple of it
+                node.input[1] = f"{node.output[0]}~shape"
+                graph.initializer.append(from_array(np.where(a == b, a, -1), node.input[1]))
     remove_unused(graph)
 
 
 def evaluate(proto, batch):
-    """({tensor: shape}, {tensor: array}), the arrays of all that no picture of a batch changes.
+    """({tensor: shape}, {tensor: TensorProto}), the latter of all that no picture changes.
 
     A tensor is left out if onnx can't infer its shape, or can't compute its values.
     """
-    opsets = {opset.domain: opset.version for opset in proto.opset_import}
-    tensors, arrays = {tensor.name: tensor for tensor in proto.graph.initializer}, {}
-    types = {n: make_tensor_type_proto(t.data_type, t.dims) for n, t in tensors.items()}
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    types = {name: get_type(tensor) for name, tensor in tensors.items()}
     source = proto.graph.input[0]
     sizes = [dim.dim_value or batch for dim in source.type.tensor_type.shape.dim]
     types[source.name] = make_tensor_type_proto(source.type.tensor_type.elem_type, sizes)
     for node in proto.graph.node:
-        inputs = [name for name in node.input if name]
-        results = []
-        if node.op_type == "Shape" and (sizes := get_sizes(types.get(inputs[0]))) is not None:
-            ends = slice(get_attribute(node, "start", 0), get_attribute(node, "end"))
-            results = [np.int64(sizes[ends])]
-        elif tensors.keys() >= {*inputs} and not node.op_type.startswith("Random"):
-            results = compute(node, [to_array(tensors[name]) for name in inputs], opsets)
-        if results:
-            for name, array in zip(node.output, results, strict=True):
-                arrays[name], tensors[name] = array, from_array(array, name)
-                types[name] = make_tensor_type_proto(tensors[name].data_type, array.shape)
+        made = compute(node, types, tensors, proto.opset_import)
+        if made:
+            tensors |= made
+            types |= {name: get_type(tensor) for name, tensor in made.items()}
         else:
-            types |= infer(node, types, tensors, opsets)
+            types |= infer(node, types, tensors, proto.opset_import)
     shapes = {name: get_sizes(value) for name, value in types.items()}
-    return {name: sizes for name, sizes in shapes.items() if sizes is not None}, arrays
+    return {name: sizes for name, sizes in shapes.items() if sizes is not None}, tensors
+
+
+def get_type(tensor):
+    """The TypeProto of a TensorProto."""
+    return make_tensor_type_proto(tensor.data_type, tensor.dims)
 
 
 def get_sizes(value):
@@ -88,29 +79,36 @@ def get_sizes(value):
     return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None
 
 
-def compute(node, values, opsets):
-    """[the arrays that a node makes of constant inputs], none if onnx can't compute them."""
+def compute(node, types, tensors, opsets):
+    """{output: TensorProto} of a node that takes constants only; none if onnx can't compute it."""
     names = [name for name in node.input if name]
-    inputs, outputs = ([make_empty_tensor_value_info(n) for n in x] for x in (names, node.output))
-    graph = onnx.helper.make_graph([node], "node", inputs, outputs)
+    if node.op_type == "Shape" and (sizes := get_sizes(types.get(names[0]))) is not None:
+        values = [np.broadcast_to(0, sizes)]
+    elif tensors.keys() >= {*names} and not node.op_type.startswith("Random"):
+        values = [to_array(tensors[name]) for name in names]
+    else:
+        return {}
+    function = make_function("", "node", names, node.output, [node], opsets)
     try:
         with np.errstate(all="ignore"):
             feeds = dict(zip(names, values, strict=True))
-            results = ReferenceEvaluator(graph, opsets).run(None, feeds)
+            results = ReferenceEvaluator(function).run(None, feeds, attributes={})
     except Exception:  # onnx lacks operators, and raises whatever NumPy raises
-        return []
+        return {}
     size = sum(value.size for value in values) + MAX_GROWTH
-    return results if all(isinstance(r, np.ndarray) and r.size <= size for r in results) else []
+    if not all(isinstance(r, np.ndarray) and r.size <= size for r in results):
+        return {}
+    return {n: from_array(r, n) for n, r in zip(node.output, results, strict=True)}
 
 
 def infer(node, types, tensors, opsets):
     """{output: TypeProto} of a node, as far as onnx can infer it."""
+    (version,) = (opset.version for opset in opsets if opset.domain == node.domain)
     small = {n: tensors[n] for n in node.input if n in tensors and np.prod(tensors[n].dims) < 100}
     try:
-        schema = onnx.defs.get_schema(node.op_type, opsets[node.domain], node.domain)
+        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
         known = {name: types[name] for name in node.input if name}
-        imports = [onnx.helper.make_opsetid(*opset) for opset in opsets.items()]
         infer = onnx.shape_inference.infer_node_outputs
-        return infer(schema, node, known, small, opset_imports=imports)
-    except (KeyError, onnx.defs.SchemaError, onnx.shape_inference.InferenceError, RuntimeError):
+        return infer(schema, node, known, small, opset_imports=[*opsets])
+    except Exception:  # the schema, the inference or ...
         return {}

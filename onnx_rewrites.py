@@ -12,11 +12,9 @@ from onnx.numpy_helper import from_array, to_array
 
 from onnx_folding import get_shapes
 from onnx_graph import (
-    add_constant,
     find_nodes,
+    find_reductions,
     get_attribute,
-    get_axes,
-    insert_before,
     remove_unused,
     replace_node,
     write_attributes,
@@ -58,29 +56,26 @@ def rewrite_einsum(graph):
     """
     for index, node in find_nodes(graph, "Einsum"):
         equation = get_attribute(node, "equation").decode().replace(" ", "")
-        match = re.fullmatch("([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)", equation)  # two factors
-        if not match or any(len({*letters}) < len(letters) for letters in match.groups()):
+        match = re.fullmatch("([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)", equation)
+        if not match:
             continue
         first, second, result = match.groups()
-        summed = {*first} & {*second} - {*result}
+        batch = [c for c in first if c in second and c in result]
+        summed = [c for c in first if c in second and c not in result]
         rows = [c for c in first if c not in second]
         columns = [c for c in second if c not in first]
         if not rows or len(summed) != 1 or len(columns) != 1:
             continue
-        if {*result} != {*first, *second} - summed:
-            continue
         # MatMul: (..., batch, row, summed) times (batch, summed, column)
-        batch = [c for c in first if c in second and c in result]
         outer = [*rows[:-1], *batch, rows[-1]]
-        product = [*outer, *columns]
-        left = [first.index(c) for c in (*outer, *summed)]
-        right = [second.index(c) for c in (*batch, *summed, *columns)]
-        back = [product.index(c) for c in result]
+        orders = [*outer, *summed], [*batch, *summed, *columns], [*outer, *columns]
+        if any(sorted(a) != sorted(b) for a, b in zip(match.groups(), orders, strict=True)):
+            continue
         text = f"""
-            left = Transpose <perm = {left}> (x)
-            right = Transpose <perm = {right}> (second)
+            left = Transpose <perm = {[first.index(c) for c in orders[0]]}> (x)
+            right = Transpose <perm = {[second.index(c) for c in orders[1]]}> (second)
             product = MatMul(left, right)
-            y = Transpose <perm = {back}> (product)
+            y = Transpose <perm = {[orders[2].index(c) for c in result]}> (product)
         """
         replace_node(graph, index, text, second=node.input[1])
 
@@ -93,7 +88,8 @@ def rewrite_matmul(graph):
     several = {tensor.name for tensor in graph.initializer if np.prod(tensor.dims[:-2]) > 1}
     for index, node in find_nodes(graph, "MatMul"):
         if node.input[1] in several:
-            insert_before(graph, index, 1, "Identity")
+            text = "several = Identity(constant) y = MatMul(x, several)"
+            replace_node(graph, index, text, constant=node.input[1])
 
 
 def rewrite_gelu(graph):
@@ -104,23 +100,18 @@ def rewrite_gelu(graph):
     """
     producer = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name for tensor in graph.initializer}
-    used = [name for node in graph.node for name in node.input]
-    used += [output.name for output in graph.output]
 
-    def get_inputs(name, *op_types):
-        """The inputs of the node that makes a tensor, if it is of these kinds."""
+    def get_inputs(name, op_type):
+        """The inputs of the node that makes a tensor, if it is of this kind."""
         node = producer.get(name)
-        return node.input if node is not None and node.op_type in op_types else (None, None)
+        return node.input if node is not None and node.op_type == op_type else (None, None)
 
-    for _, node in find_nodes(graph, "Mul"):
-        x, product = node.input
-        factor, term = get_inputs(product, "Mul")
+    for index, node in find_nodes(graph, "Mul"):
+        factor, term = get_inputs(node.input[1], "Mul")
         erf, _ = get_inputs(term, "Add")
-        quotient, *_ = get_inputs(erf, "Erf")
-        is_gelu = factor in constants and x in get_inputs(quotient, "Div", "Mul")
-        if is_gelu and used.count(product) == 1:
-            producer[product].input[:] = [x, term]
-            node.input[:] = [product, factor]
+        if factor in constants and get_inputs(erf, "Erf")[0]:
+            text = "product = Mul(x, term) y = Mul(product, factor)"
+            replace_node(graph, index, text, term=term, factor=factor)
 
 
 def rewrite_hard_sigmoid(graph):
@@ -219,8 +210,8 @@ def rewrite_col2im(graph, shapes):
         options |= {"group": groups, "output_padding": rest}
         text = "blocked = Reshape(x, shape)"
         text += f"y = ConvTranspose <{write_attributes(options)}> (blocked, weights)"
-        shape = np.int64([0, channels, *blocks])
-        replace_node(graph, index, text, shape=shape, weights=np.tile(kernels, (groups, 1, 1, 1)))
+        weights = np.tile(kernels, (groups, 1, 1, 1))
+        replace_node(graph, index, text, shape=[0, channels, *blocks], weights=weights)
 
 
 def rewrite_log_sum_exp(proto, shapes):
@@ -228,14 +219,12 @@ def rewrite_log_sum_exp(proto, shapes):
 
     OpenCV 5.0.0 adds up exp(x) as it is: inf for x above 88 (torch.logsumexp).
     """
-    for index, node in find_nodes(proto.graph, "ReduceLogSumExp"):
-        axes, keepdims = get_axes(proto.graph, node, shapes), get_attribute(node, "keepdims", 1)
-        if axes:
-            text = write_reduction(proto, "maximum", "ReduceMax", "x", axes, 1)
-            text += "rest = Sub(x, maximum) exp = Exp(rest)"
-            text += write_reduction(proto, "sum", "ReduceSum", "exp", axes, keepdims)
-            text += write_reduction(proto, "m", "ReduceMax", "x", axes, keepdims)
-            replace_node(proto.graph, index, text + "log = Log(sum) y = Add(log, m)")
+    for index, _, axes, keepdims in find_reductions(proto, shapes, "ReduceLogSumExp"):
+        text = write_reduction(proto, "maximum", "ReduceMax", "x", axes, 1)
+        text += "rest = Sub(x, maximum) exp = Exp(rest)"
+        text += write_reduction(proto, "sum", "ReduceSum", "exp", axes, keepdims)
+        text += write_reduction(proto, "m", "ReduceMax", "x", axes, keepdims)
+        replace_node(proto.graph, index, text + "log = Log(sum) y = Add(log, m)")
 
 
 def rewrite_reduction(proto, shapes):
@@ -246,13 +235,11 @@ def rewrite_reduction(proto, shapes):
     without running statistics). OpenCV 4 does so with the last ones, too.
     """
     kinds = [f"Reduce{kind}" for kind in ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2")]
-    parts = {kind: (kind, kind) for kind in kinds}
-    parts["ReduceSumSquare"] = "ReduceSumSquare", "ReduceSum"
-    parts["ReduceLogSum"] = "ReduceSum", "ReduceLogSum"
-    for index, node in find_nodes(proto.graph, *parts):
-        axes, keepdims = get_axes(proto.graph, node, shapes), get_attribute(node, "keepdims", 1)
-        if axes and len(axes) in (3, 4):
-            first, second = parts[node.op_type]
+    kinds += ["ReduceSumSquare", "ReduceLogSum"]  # squares come first, the logarithm last
+    for index, node, axes, keepdims in find_reductions(proto, shapes, *kinds):
+        if len(axes) in (3, 4):
+            first = node.op_type.replace("LogSum", "Sum")
+            second = node.op_type.replace("SumSquare", "Sum")
             text = write_reduction(proto, "part", first, "x", axes[-2:], keepdims)
             text += write_reduction(proto, "y", second, "part", axes[:-2], keepdims)
             replace_node(proto.graph, index, text)
@@ -287,7 +274,7 @@ def rewrite_average_pool(graph, shapes):
             padded = Pad(x, pads)
             pooled = AveragePool <{write_attributes(options)}> (padded) y = Mul(pooled, factor)
         """
-        pads = np.int64([0, 0, *pads[:rank], 0, 0, *ends])
+        pads = [0, 0, *pads[:rank], 0, 0, *ends]
         replace_node(graph, index, text, pads=pads, factor=np.float32(factor))
 
 
@@ -312,7 +299,8 @@ def rewrite_grouped_conv(graph):
         weights, rows = np.zeros((outputs, merged, inputs, *kernel), np.float32), np.arange(outputs)
         weights[rows, rows // widths[1] % merged] = to_array(constants[node.input[1]])
         weights = weights.reshape(outputs, merged * inputs, *kernel)
-        node.input[1] = add_constant(graph, f"{node.output[0]}_weights", weights)
+        node.input[1] = f"{node.output[0]}~weights"
+        graph.initializer.append(from_array(weights, node.input[1]))
         next(a for a in node.attribute if a.name == "group").i = groups // merged
 
 
@@ -325,5 +313,8 @@ def rewrite_one_channel(graph, shapes):
     for index, node in find_nodes(graph, *BROADCASTING):
         channels = [shapes.get(name, ())[1:2] for name in node.input]
         if {*channels} - {(), (1,)}:
-            for count, position in enumerate(i for i, own in enumerate(channels) if own == (1,)):
-                insert_before(graph, index + count, position, "Identity")
+            for position in reversed([i for i, own in enumerate(channels) if own == (1,)]):
+                name = f"{node.output[0]}~{position}"
+                identity = onnx.helper.make_node("Identity", [node.input[position]], [name])
+                node.input[position] = name
+                graph.node.insert(index, identity)
