@@ -4,6 +4,7 @@ Each function works around one fault of OpenCV's importer without changing what 
 A file that needs none of them stays as it is. verify.py decides whether it is right.
 """
 
+import math
 import re
 
 import numpy as np
@@ -190,28 +191,24 @@ def rewrite_col2im(graph, shapes):
 
     OpenCV 5.0.0 has no Col2Im: "!empty()" (timm's VOLO, by PyTorch's new exporter).
     """
-    constants = {t.name: to_array(t) for t in graph.initializer}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
     for index, node in find_nodes(graph, "Col2Im"):
         data, *sizes = node.input
         if data not in shapes or not {*sizes} <= constants.keys():
             continue
-        (height, width), (rows, columns) = (constants[name].tolist() for name in sizes)
+        image, block = (to_array(constants[name]) for name in sizes)
         options = {"strides": [1, 1], "dilations": [1, 1], "pads": [0, 0, 0, 0]}
         options |= {a.name: list(a.ints) for a in node.attribute}
-        blocks, rest = [], []
-        for axis, size, kernel in ((0, height, rows), (1, width, columns)):
-            pads = options["pads"][axis] + options["pads"][axis + 2]
-            room = size + pads - options["dilations"][axis] * (kernel - 1) - 1
-            blocks.append(room // options["strides"][axis] + 1)
-            rest.append(room % options["strides"][axis])
-        channels = shapes[data][1]
-        kernels = np.eye(rows * columns, dtype=np.float32).reshape(-1, 1, rows, columns)
-        groups = channels // (rows * columns)
-        options |= {"group": groups, "output_padding": rest}
+        pads = np.reshape(options["pads"], (2, 2)).sum(axis=0)
+        room = image + pads - np.multiply(options["dilations"], block - 1) - 1
+        blocks, rest = np.divmod(room, options["strides"])
+        channels, pixels = shapes[data][1], np.prod(block)
+        kernels = np.eye(pixels, dtype=np.float32).reshape(-1, 1, *block)
+        options |= {"group": channels // pixels, "output_padding": rest.tolist()}
         text = "blocked = Reshape(x, shape)"
         text += f"y = ConvTranspose <{write_attributes(options)}> (blocked, weights)"
-        weights = np.tile(kernels, (groups, 1, 1, 1))
-        replace_node(graph, index, text, shape=[0, channels, *blocks], weights=weights)
+        weights = np.tile(kernels, (channels // pixels, 1, 1, 1))
+        replace_node(graph, index, text, shape=[0, channels, *(blocks + 1)], weights=weights)
 
 
 def rewrite_log_sum_exp(proto, shapes):
@@ -258,15 +255,14 @@ def rewrite_average_pool(graph, shapes):
         strides, gaps = (get_attribute(node, n, [1] * rank) for n in ("strides", "dilations"))
         pads = get_attribute(node, "pads", [0] * 2 * rank)
         padding = get_attribute(node, "count_include_pad", 0)
-        factor, ends = np.ones([1] * (2 + rank)), []
-        for axis, (size, length, stride) in enumerate(zip(sizes, kernel, strides, strict=True)):
-            before, behind = pads[axis], pads[rank + axis]
-            room = before + size + behind - gaps[axis] * (length - 1) - 1
-            windows = np.arange(-(-room // stride) + 1) * stride - before
-            windows = windows[windows < size]  # each begins in the picture
-            taps = windows[:, None] + np.arange(length) * gaps[axis]
+        factor, ends = np.ones((1, 1)), []
+        axes = zip(sizes, kernel, strides, gaps, pads[:rank], pads[rank:], strict=True)
+        for size, length, stride, gap, before, behind in axes:
+            limit = size + behind - gap * (length - 1) - 1 + stride
+            windows = np.arange(-before, min(size, limit), stride)  # each begins in the picture
+            taps = windows[:, None] + np.arange(length) * gap
             inside = ((taps >= -before * padding) & (taps < size + behind * padding)).sum(axis=1)
-            factor = factor * (length / inside).reshape([-1] + [1] * (rank - axis - 1))
+            factor = np.multiply.outer(factor, length / inside)
             ends.append(max(taps.max() + 1 - size, behind))
         options = {"kernel_shape": kernel, "strides": strides}
         options |= {"dilations": gaps} if max(gaps) > 1 else {}  # since opset 19
@@ -290,14 +286,13 @@ def rewrite_grouped_conv(graph):
         if groups == 1 or node.input[1] not in constants:
             continue
         outputs, inputs, *kernel = constants[node.input[1]].dims
-        widths = inputs, outputs // groups
+        merged = 8 // math.gcd(8, inputs, outputs // groups)  # groups in a multiple of 8
         steps = {*kernel, *get_attribute(node, "strides", [1])}
-        if steps != {1} or inputs <= 56 or not any(width % 8 for width in widths):
+        if steps != {1} or inputs <= 56 or merged == 1:
             continue
-        divisors = [n for n in range(2, groups + 1) if groups % n == 0]
-        merged = next((n for n in divisors if not any(n * w % 8 for w in widths)), groups)
+        merged = groups if groups % merged else merged
         weights, rows = np.zeros((outputs, merged, inputs, *kernel), np.float32), np.arange(outputs)
-        weights[rows, rows // widths[1] % merged] = to_array(constants[node.input[1]])
+        weights[rows, rows * groups // outputs % merged] = to_array(constants[node.input[1]])
         weights = weights.reshape(outputs, merged * inputs, *kernel)
         node.input[1] = f"{node.output[0]}~weights"
         graph.initializer.append(from_array(weights, node.input[1]))
