@@ -19,10 +19,11 @@ MAX_GROWTH = 2**20  # elements by which a constant may be larger than what it is
 def get_shapes(proto):
     """{tensor: its shape, None for sizes that depend on the batch}, as far as they are known."""
     two, three = (evaluate(proto, batch)[0] for batch in (2, 3))
+    pairs = {name: (get_sizes(two[name]), get_sizes(three[name])) for name in two if name in three}
     return {
-        name: tuple(a if a == b else None for a, b in zip(two[name], three[name], strict=True))
-        for name in two.keys() & three.keys()
-        if len(two[name]) == len(three[name])
+        name: tuple(a if a == b else None for a, b in zip(*pair, strict=True))
+        for name, pair in pairs.items()
+        if None not in pair
     }
 
 
@@ -47,9 +48,9 @@ def fold_constants(proto):
 
 
 def evaluate(proto, batch):
-    """({tensor: shape}, {tensor: TensorProto}), the latter of all that no picture changes.
+    """({tensor: TypeProto}, {tensor: TensorProto}), the latter of all that no picture changes.
 
-    A tensor is left out if onnx can't infer its shape, or can't compute its values.
+    A tensor is left out if onnx can't infer its type, or can't compute its values.
     """
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     types = {n: make_tensor_type_proto(t.data_type, t.dims) for n, t in tensors.items()}
@@ -62,8 +63,7 @@ def evaluate(proto, batch):
         types |= {n: make_tensor_type_proto(t.data_type, t.dims) for n, t in made.items()}
         if not made:
             types |= infer(node, types, tensors, proto.opset_import)
-    shapes = {name: get_sizes(value) for name, value in types.items()}
-    return {name: sizes for name, sizes in shapes.items() if sizes is not None}, tensors
+    return types, tensors
 
 
 def get_sizes(value):

@@ -56,10 +56,7 @@ def get_attribute(node, name, default=None):
 
 
 def find_reductions(proto, shapes, *op_types):
-    """(index, node, axes, keepdims) of each reduction of some kinds whose axes are known.
-
-    The last one first. The axes are sorted, and from 0 on.
-    """
+    """(index, node, sorted axes from 0 on, keepdims) of reductions whose axes are known."""
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     for index, node in find_nodes(proto.graph, *op_types):
         axes, rank = get_attribute(node, "axes"), len(shapes.get(node.input[0], ()))
@@ -82,8 +79,3 @@ def write_reduction(proto, name, op_type, source, axes, keepdims):
         f"{name}_axes = Constant <value = int64[{len(axes)}] {{{values}}}> ()\n"
         f"{name} = {op_type} <keepdims = {keepdims}> ({source}, {name}_axes)\n"
     )
-
-
-def write_attributes(options):
-    """{name: list or number} in onnx's text format."""
-    return ", ".join(f"{name} = {value}" for name, value in options.items())

@@ -18,7 +18,6 @@ from onnx_graph import (
     get_attribute,
     remove_unused,
     replace_node,
-    write_attributes,
     write_reduction,
 )
 
@@ -118,9 +117,8 @@ def rewrite_gelu(graph):
 def rewrite_hard_sigmoid(graph):
     """HardSigmoid(beta=0.5) -> HardSigmoid(), 0.5 being ONNX's default.
 
-    OpenCV 5.0.0, 4.14 and 4.10 take b * HardSigmoid(a) for HardSwish(a), even if b isn't a, but
-    only if alpha and beta are both given: MobileNetV3's squeeze-and-excitation from PyTorch's new
-    exporter is then silently wrong. TorchScript's leaves beta out.
+    OpenCV 5.0.0, 4.14 and 4.10 take b * HardSigmoid(a) for HardSwish(a), even if b isn't a, if
+    alpha and beta are both given: MobileNetV3 from PyTorch's new exporter is silently wrong.
     """
     for _, node in find_nodes(graph, "HardSigmoid"):
         for beta in [a for a in node.attribute if a.name == "beta" and a.f == 0.5]:
@@ -163,9 +161,8 @@ def rewrite_softplus(graph):
 def rewrite_batch_norm(graph):
     """BatchNormalization -> Mul, Add, if it follows an activation of a convolution.
 
-    OpenCV 5.0.0's new engine folds it into the convolution, past GELU, SiLU, Hardswish, Sigmoid,
-    HardSigmoid and ELU: relative errors of 0.1 to 0.9 (ConvMixer and XCiT, for instance). Related:
-    https://github.com/opencv/opencv/issues/28689
+    OpenCV 5.0.0's new engine folds it into the convolution, past the activation: relative errors of
+    0.1 to 0.9 (ConvMixer, XCiT). Related: https://github.com/opencv/opencv/issues/28689
     """
     producer = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -197,17 +194,19 @@ def rewrite_col2im(graph, shapes):
         if data not in shapes or not {*sizes} <= constants.keys():
             continue
         image, block = (to_array(constants[name]) for name in sizes)
-        options = {"strides": [1, 1], "dilations": [1, 1], "pads": [0, 0, 0, 0]}
-        options |= {a.name: list(a.ints) for a in node.attribute}
-        pads = np.reshape(options["pads"], (2, 2)).sum(axis=0)
-        room = image + pads - np.multiply(options["dilations"], block - 1) - 1
-        blocks, rest = np.divmod(room, options["strides"])
+        strides, gaps = (get_attribute(node, n, [1, 1]) for n in ("strides", "dilations"))
+        pads = get_attribute(node, "pads", [0] * 4)
+        room = image + np.reshape(pads, (2, 2)).sum(axis=0) - np.multiply(gaps, block - 1) - 1
+        blocks, rest = np.divmod(room, strides)
         channels, pixels = shapes[data][1], np.prod(block)
+        groups = channels // pixels
+        text = f"""
+            blocked = Reshape(x, shape)
+            y = ConvTranspose <group = {groups}, strides = {strides}, dilations = {gaps},
+                pads = {pads}, output_padding = {rest.tolist()}> (blocked, weights)
+        """
         kernels = np.eye(pixels, dtype=np.float32).reshape(-1, 1, *block)
-        options |= {"group": channels // pixels, "output_padding": rest.tolist()}
-        text = "blocked = Reshape(x, shape)"
-        text += f"y = ConvTranspose <{write_attributes(options)}> (blocked, weights)"
-        weights = np.tile(kernels, (channels // pixels, 1, 1, 1))
+        weights = np.tile(kernels, (groups, 1, 1, 1))
         replace_node(graph, index, text, shape=[0, channels, *(blocks + 1)], weights=weights)
 
 
@@ -264,11 +263,11 @@ def rewrite_average_pool(graph, shapes):
             inside = ((taps >= -before * padding) & (taps < size + behind * padding)).sum(axis=1)
             factor = np.multiply.outer(factor, length / inside)
             ends.append(max(taps.max() + 1 - size, behind))
-        options = {"kernel_shape": kernel, "strides": strides}
-        options |= {"dilations": gaps} if max(gaps) > 1 else {}  # since opset 19
+        dilations = f", dilations = {gaps}" if max(gaps) > 1 else ""  # since opset 19
         text = f"""
             padded = Pad(x, pads)
-            pooled = AveragePool <{write_attributes(options)}> (padded) y = Mul(pooled, factor)
+            pooled = AveragePool <kernel_shape = {kernel}, strides = {strides}{dilations}> (padded)
+            y = Mul(pooled, factor)
         """
         pads = [0, 0, *pads[:rank], 0, 0, *ends]
         replace_node(graph, index, text, pads=pads, factor=np.float32(factor))

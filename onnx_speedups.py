@@ -15,7 +15,6 @@ from onnx_graph import (
     get_attribute,
     remove_unused,
     replace_node,
-    write_attributes,
     write_reduction,
 )
 
@@ -84,7 +83,6 @@ def speed_up_stem(graph, shapes):
         kernel = kernel.reshape(outputs, channels, length[0], high, length[1], wide)
         kernel = kernel.transpose(0, 1, 3, 5, 2, 4).reshape(outputs, -1, *length)
         pads = np.append(before, end - blocks).tolist()
-        options = {"kernel_shape": length.tolist(), "pads": pads}
         read = blocks * stride
         cut = "cut = Slice(x, zeros, read, axes)" if (read < size).any() else ""
         source = "cut" if cut else "x"
@@ -96,7 +94,7 @@ def speed_up_stem(graph, shapes):
             grid = Reshape({source}, grid_shape)
             moved = Transpose <perm = [0, 1, 3, 5, 2, 4]> (grid)
             blocks = Reshape(moved, blocks_shape)
-            y = Conv <{write_attributes(options)}> (blocks, kernel{bias})
+            y = Conv <kernel_shape = {length.tolist()}, pads = {pads}> (blocks, kernel{bias})
         """
         tensors = {
             "zeros": [0, 0], "read": read, "axes": [2, 3],
@@ -157,7 +155,7 @@ def speed_up_grouped_conv(graph):
         biases = np.zeros((groups, made), np.float32)
         if len(node.input) > 2:
             biases[:, :outputs] = to_array(constants[node.input[2]]).reshape(groups, outputs)
-        options = {"kernel_shape": [3, 3], "pads": get_attribute(node, "pads", [0] * 4)}
+        pads = get_attribute(node, "pads", [0] * 4)
         result = "made" if made > outputs else "y"
         text, tensors = "", {"channel": [1], "first": [0], "last": [outputs]}
         for i in range(groups):
@@ -168,7 +166,7 @@ def speed_up_grouped_conv(graph):
             tensors |= {f"start{i}": [start], f"end{i}": [start + read]}
             text += f"""
                 x{i} = Slice(x, start{i}, end{i}, channel)
-                {result}{i} = Conv <{write_attributes(options)}> (x{i}, kernel{i}, bias{i})
+                {result}{i} = Conv <kernel_shape = [3, 3], pads = {pads}> (x{i}, kernel{i}, bias{i})
             """
             text += f"y{i} = Slice(made{i}, first, last, channel)" if made > outputs else ""
         names = ", ".join(f"y{i}" for i in range(groups))
