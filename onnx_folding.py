@@ -19,11 +19,9 @@ MAX_GROWTH = 2**20  # elements by which a constant may be larger than what it is
 def get_shapes(proto):
     """{tensor: its shape, None for sizes that depend on the batch}, as far as they are known."""
     two, three = (evaluate(proto, batch)[0] for batch in (2, 3))
-    pairs = {name: (get_sizes(two[name]), get_sizes(three[name])) for name in two if name in three}
     return {
-        name: tuple(a if a == b else None for a, b in zip(*pair, strict=True))
-        for name, pair in pairs.items()
-        if None not in pair
+        name: tuple(a if a == b else None for a, b in zip(two[name], three[name], strict=False))
+        for name in two.keys() & three.keys()
     }
 
 
@@ -48,10 +46,7 @@ def fold_constants(proto):
 
 
 def evaluate(proto, batch):
-    """({tensor: TypeProto}, {tensor: TensorProto}), the latter of all that no picture changes.
-
-    A tensor is left out if onnx can't infer its type, or can't compute its values.
-    """
+    """({tensor: shape, () if unknown}, {tensor: TensorProto of all that no picture changes})."""
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     types = {n: make_tensor_type_proto(t.data_type, t.dims) for n, t in tensors.items()}
     source = proto.graph.input[0]
@@ -63,34 +58,31 @@ def evaluate(proto, batch):
         types |= {n: make_tensor_type_proto(t.data_type, t.dims) for n, t in made.items()}
         if not made:
             types |= infer(node, types, tensors, proto.opset_import)
-    return types, tensors
+    return {name: get_sizes(value) for name, value in types.items()}, tensors
 
 
 def get_sizes(value):
-    """The shape of a TypeProto; None if it isn't known, or isn't that of a tensor."""
-    if value is None or not value.tensor_type.HasField("shape"):
-        return None
+    """The shape of a TypeProto, () if it isn't known."""
     dims = value.tensor_type.shape.dim
-    return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None
+    return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else ()
 
 
 def compute(node, types, tensors, opsets):
     """{output: TensorProto} of a node that takes constants only; none if onnx can't compute it."""
     names = [name for name in node.input if name]
-    if node.op_type == "Shape" and (sizes := get_sizes(types.get(names[0]))) is not None:
-        values = [np.broadcast_to(0, sizes)]
-    elif tensors.keys() >= {*names} and not node.op_type.startswith("Random"):
-        values = [to_array(tensors[name]) for name in names]
+    if tensors.keys() >= {*names} and not node.op_type.startswith("Random"):
+        feeds = {name: to_array(tensors[name]) for name in names}
+    elif node.op_type == "Shape" and names[0] in types and (sizes := get_sizes(types[names[0]])):
+        feeds = {names[0]: np.broadcast_to(0, sizes)}
     else:
         return {}
     function = make_function("", "node", names, node.output, [node], opsets)
     try:
         with np.errstate(all="ignore"):
-            feeds = dict(zip(names, values, strict=True))
             results = ReferenceEvaluator(function).run(None, feeds, attributes={})
     except Exception:  # onnx lacks operators, and raises whatever NumPy raises
         return {}
-    size = sum(value.size for value in values) + MAX_GROWTH
+    size = sum(value.size for value in feeds.values()) + MAX_GROWTH
     if not all(isinstance(r, np.ndarray) and r.size <= size for r in results):
         return {}
     return {n: from_array(r, n) for n, r in zip(node.output, results, strict=True)}

@@ -57,19 +57,16 @@ def rewrite_einsum(graph):
     for index, node in find_nodes(graph, "Einsum"):
         equation = get_attribute(node, "equation").decode().replace(" ", "")
         match = re.fullmatch("([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)", equation)
-        if not match:
-            continue
-        first, second, result = match.groups()
+        first, second, result = letters = match.groups() if match else [""] * 3
         batch = [c for c in first if c in second and c in result]
         summed = [c for c in first if c in second and c not in result]
         rows = [c for c in first if c not in second]
         columns = [c for c in second if c not in first]
-        if not rows or len(summed) != 1 or len(columns) != 1:
-            continue
         # MatMul: (..., batch, row, summed) times (batch, summed, column)
-        outer = [*rows[:-1], *batch, rows[-1]]
+        outer = [*rows[:-1], *batch, *rows[-1:]]
         orders = [*outer, *summed], [*batch, *summed, *columns], [*outer, *columns]
-        if any(sorted(a) != sorted(b) for a, b in zip(match.groups(), orders, strict=True)):
+        is_exact = all(sorted(a) == sorted(b) for a, b in zip(letters, orders, strict=True))
+        if not rows or not len(summed) == len(columns) == 1 or not is_exact:
             continue
         text = f"""
             left = Transpose <perm = {[first.index(c) for c in orders[0]]}> (x)
@@ -191,7 +188,7 @@ def rewrite_col2im(graph, shapes):
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for index, node in find_nodes(graph, "Col2Im"):
         data, *sizes = node.input
-        if data not in shapes or not {*sizes} <= constants.keys():
+        if not shapes.get(data) or not {*sizes} <= constants.keys():
             continue
         image, block = (to_array(constants[name]) for name in sizes)
         strides, gaps = (get_attribute(node, n, [1, 1]) for n in ("strides", "dilations"))

@@ -46,7 +46,7 @@ def speed_up_norm(proto, shapes):
     expanded = {n.output[0]: n.input[0] for _, n in find_nodes(proto.graph, "Expand")}
     for _, node in find_nodes(proto.graph, "Div"):
         x, norm = node.input
-        if norm in expanded and shapes.get(x) == shapes.get(norm) is not None:
+        if norm in expanded and shapes.get(x, ()) == shapes.get(norm) != ():
             node.input[1] = expanded[norm]
 
 
@@ -71,11 +71,10 @@ def speed_up_stem(graph, shapes):
         start, stop = np.reshape(pads, (2, 2))
         # for each axis: the blocks of the picture, those before and behind it, and the zeros that
         # the kernel gets on either side to begin and end with a block
-        windows = (start + size + stop - taps) // stride + 1
         before = -(-start // stride)
         margin = before * stride - start
         length = -(-(margin + taps) // stride)
-        end = windows - 1 + length - before
+        end = (start + size + stop - taps) // stride + length - before
         blocks = np.minimum(end, -(-size // stride))
         margins = zip(margin, length * stride - margin - taps, strict=True)
         (rows, columns), (high, wide), (outputs, channels) = blocks, strides, weights.dims[:2]
