@@ -127,9 +127,9 @@ def rewrite_constant_of_shape(graph):
 
     OpenCV 5.0.0 requires the attribute: "blobs.size() == 1" (Swin from PyTorch's new exporter).
     """
-    zero = onnx.helper.make_attribute("value", from_array(np.zeros(1, np.float32)))
-    for _, node in find_nodes(graph, "ConstantOfShape"):
-        node.attribute.extend([] if node.attribute else [zero])
+    for index, node in find_nodes(graph, "ConstantOfShape"):
+        if not node.attribute:
+            replace_node(graph, index, "y = ConstantOfShape <value = float[1] {0}> (x)")
 
 
 def rewrite_tanh(graph):
