@@ -1,7 +1,7 @@
 """What is constant in an ONNX graph: sizes, and all that depends on sizes and weights only.
 
 Only the batch of an exported network has an unknown size. So a constant is what is the same for a
-batch of 2 and one of 3. (onnxslim does this as well, but takes five times as long for swin_v2_t.)
+batch of 2 and one of 3. (onnxslim does this as well: 19 s for swin_v2_t, which takes 3 s here.)
 """
 
 import numpy as np
