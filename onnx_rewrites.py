@@ -4,6 +4,7 @@ Each function works around one fault of OpenCV's importer without changing what 
 A file that needs none of them stays as it is. verify.py decides whether it is right.
 """
 
+import math
 import re
 
 import numpy as np
@@ -12,14 +13,11 @@ from onnx.numpy_helper import from_array, to_array
 
 from onnx_folding import get_shapes
 from onnx_graph import (
-    add_constant,
     find_nodes,
+    find_reductions,
     get_attribute,
-    get_axes,
-    insert_before,
     remove_unused,
     replace_node,
-    write_attributes,
     write_reduction,
 )
 
@@ -58,29 +56,23 @@ def rewrite_einsum(graph):
     """
     for index, node in find_nodes(graph, "Einsum"):
         equation = get_attribute(node, "equation").decode().replace(" ", "")
-        match = re.fullmatch("([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)", equation)  # two factors
-        if not match or any(len({*letters}) < len(letters) for letters in match.groups()):
-            continue
-        first, second, result = match.groups()
-        summed = {*first} & {*second} - {*result}
+        match = re.fullmatch("([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)", equation)
+        first, second, result = letters = match.groups() if match else [""] * 3
+        batch = [c for c in first if c in second and c in result]
+        summed = [c for c in first if c in second and c not in result]
         rows = [c for c in first if c not in second]
         columns = [c for c in second if c not in first]
-        if not rows or len(summed) != 1 or len(columns) != 1:
-            continue
-        if {*result} != {*first, *second} - summed:
-            continue
         # MatMul: (..., batch, row, summed) times (batch, summed, column)
-        batch = [c for c in first if c in second and c in result]
-        outer = [*rows[:-1], *batch, rows[-1]]
-        product = [*outer, *columns]
-        left = [first.index(c) for c in (*outer, *summed)]
-        right = [second.index(c) for c in (*batch, *summed, *columns)]
-        back = [product.index(c) for c in result]
+        outer = [*rows[:-1], *batch, *rows[-1:]]
+        orders = [*outer, *summed], [*batch, *summed, *columns], [*outer, *columns]
+        is_exact = all(sorted(a) == sorted(b) for a, b in zip(letters, orders, strict=True))
+        if not rows or not len(summed) == len(columns) == 1 or not is_exact:
+            continue
         text = f"""
-            left = Transpose <perm = {left}> (x)
-            right = Transpose <perm = {right}> (second)
+            left = Transpose <perm = {[first.index(c) for c in orders[0]]}> (x)
+            right = Transpose <perm = {[second.index(c) for c in orders[1]]}> (second)
             product = MatMul(left, right)
-            y = Transpose <perm = {back}> (product)
+            y = Transpose <perm = {[orders[2].index(c) for c in result]}> (product)
         """
         replace_node(graph, index, text, second=node.input[1])
 
@@ -93,7 +85,8 @@ def rewrite_matmul(graph):
     several = {tensor.name for tensor in graph.initializer if np.prod(tensor.dims[:-2]) > 1}
     for index, node in find_nodes(graph, "MatMul"):
         if node.input[1] in several:
-            insert_before(graph, index, 1, "Identity")
+            text = "several = Identity(constant) y = MatMul(x, several)"
+            replace_node(graph, index, text, constant=node.input[1])
 
 
 def rewrite_gelu(graph):
@@ -104,31 +97,25 @@ def rewrite_gelu(graph):
     """
     producer = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name for tensor in graph.initializer}
-    used = [name for node in graph.node for name in node.input]
-    used += [output.name for output in graph.output]
 
-    def get_inputs(name, *op_types):
-        """The inputs of the node that makes a tensor, if it is of these kinds."""
+    def get_inputs(name, op_type):
+        """The inputs of the node that makes a tensor, if it is of this kind."""
         node = producer.get(name)
-        return node.input if node is not None and node.op_type in op_types else (None, None)
+        return node.input if node is not None and node.op_type == op_type else (None, None)
 
-    for _, node in find_nodes(graph, "Mul"):
-        x, product = node.input
-        factor, term = get_inputs(product, "Mul")
+    for index, node in find_nodes(graph, "Mul"):
+        factor, term = get_inputs(node.input[1], "Mul")
         erf, _ = get_inputs(term, "Add")
-        quotient, *_ = get_inputs(erf, "Erf")
-        is_gelu = factor in constants and x in get_inputs(quotient, "Div", "Mul")
-        if is_gelu and used.count(product) == 1:
-            producer[product].input[:] = [x, term]
-            node.input[:] = [product, factor]
+        if factor in constants and get_inputs(erf, "Erf")[0]:
+            text = "product = Mul(x, term) y = Mul(product, factor)"
+            replace_node(graph, index, text, term=term, factor=factor)
 
 
 def rewrite_hard_sigmoid(graph):
     """HardSigmoid(beta=0.5) -> HardSigmoid(), 0.5 being ONNX's default.
 
-    OpenCV 5.0.0, 4.14 and 4.10 take b * HardSigmoid(a) for HardSwish(a), even if b isn't a, but
-    only if alpha and beta are both given: MobileNetV3's squeeze-and-excitation from PyTorch's new
-    exporter is then silently wrong. TorchScript's leaves beta out.
+    OpenCV 5.0.0, 4.14 and 4.10 take b * HardSigmoid(a) for HardSwish(a), even if b isn't a, if
+    alpha and beta are both given: MobileNetV3 from PyTorch's new exporter is silently wrong.
     """
     for _, node in find_nodes(graph, "HardSigmoid"):
         for beta in [a for a in node.attribute if a.name == "beta" and a.f == 0.5]:
@@ -140,9 +127,9 @@ def rewrite_constant_of_shape(graph):
 
     OpenCV 5.0.0 requires the attribute: "blobs.size() == 1" (Swin from PyTorch's new exporter).
     """
-    zero = onnx.helper.make_attribute("value", from_array(np.zeros(1, np.float32)))
-    for _, node in find_nodes(graph, "ConstantOfShape"):
-        node.attribute.extend([] if node.attribute else [zero])
+    for index, node in find_nodes(graph, "ConstantOfShape"):
+        if not node.attribute:
+            replace_node(graph, index, "y = ConstantOfShape <value = float[1] {0}> (x)")
 
 
 def rewrite_tanh(graph):
@@ -171,9 +158,8 @@ def rewrite_softplus(graph):
 def rewrite_batch_norm(graph):
     """BatchNormalization -> Mul, Add, if it follows an activation of a convolution.
 
-    OpenCV 5.0.0's new engine folds it into the convolution, past GELU, SiLU, Hardswish, Sigmoid,
-    HardSigmoid and ELU: relative errors of 0.1 to 0.9 (ConvMixer and XCiT, for instance). Related:
-    https://github.com/opencv/opencv/issues/28689
+    OpenCV 5.0.0's new engine folds it into the convolution, past the activation: relative errors of
+    0.1 to 0.9 (ConvMixer, XCiT). Related: https://github.com/opencv/opencv/issues/28689
     """
     producer = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -199,28 +185,26 @@ def rewrite_col2im(graph, shapes):
 
     OpenCV 5.0.0 has no Col2Im: "!empty()" (timm's VOLO, by PyTorch's new exporter).
     """
-    constants = {t.name: to_array(t) for t in graph.initializer}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
     for index, node in find_nodes(graph, "Col2Im"):
         data, *sizes = node.input
-        if data not in shapes or not {*sizes} <= constants.keys():
+        if not shapes.get(data) or not {*sizes} <= constants.keys():
             continue
-        (height, width), (rows, columns) = (constants[name].tolist() for name in sizes)
-        options = {"strides": [1, 1], "dilations": [1, 1], "pads": [0, 0, 0, 0]}
-        options |= {a.name: list(a.ints) for a in node.attribute}
-        blocks, rest = [], []
-        for axis, size, kernel in ((0, height, rows), (1, width, columns)):
-            pads = options["pads"][axis] + options["pads"][axis + 2]
-            room = size + pads - options["dilations"][axis] * (kernel - 1) - 1
-            blocks.append(room // options["strides"][axis] + 1)
-            rest.append(room % options["strides"][axis])
-        channels = shapes[data][1]
-        kernels = np.eye(rows * columns, dtype=np.float32).reshape(-1, 1, rows, columns)
-        groups = channels // (rows * columns)
-        options |= {"group": groups, "output_padding": rest}
-        text = "blocked = Reshape(x, shape)"
-        text += f"y = ConvTranspose <{write_attributes(options)}> (blocked, weights)"
-        shape = np.int64([0, channels, *blocks])
-        replace_node(graph, index, text, shape=shape, weights=np.tile(kernels, (groups, 1, 1, 1)))
+        image, block = (to_array(constants[name]) for name in sizes)
+        strides, gaps = (get_attribute(node, n, [1, 1]) for n in ("strides", "dilations"))
+        pads = get_attribute(node, "pads", [0] * 4)
+        room = image + np.reshape(pads, (2, 2)).sum(axis=0) - np.multiply(gaps, block - 1) - 1
+        blocks, rest = np.divmod(room, strides)
+        channels, pixels = shapes[data][1], np.prod(block)
+        groups = channels // pixels
+        text = f"""
+            blocked = Reshape(x, shape)
+            y = ConvTranspose <group = {groups}, strides = {strides}, dilations = {gaps},
+                pads = {pads}, output_padding = {rest.tolist()}> (blocked, weights)
+        """
+        kernels = np.eye(pixels, dtype=np.float32).reshape(-1, 1, *block)
+        weights = np.tile(kernels, (groups, 1, 1, 1))
+        replace_node(graph, index, text, shape=[0, channels, *(blocks + 1)], weights=weights)
 
 
 def rewrite_log_sum_exp(proto, shapes):
@@ -228,14 +212,12 @@ def rewrite_log_sum_exp(proto, shapes):
 
     OpenCV 5.0.0 adds up exp(x) as it is: inf for x above 88 (torch.logsumexp).
     """
-    for index, node in find_nodes(proto.graph, "ReduceLogSumExp"):
-        axes, keepdims = get_axes(proto.graph, node, shapes), get_attribute(node, "keepdims", 1)
-        if axes:
-            text = write_reduction(proto, "maximum", "ReduceMax", "x", axes, 1)
-            text += "rest = Sub(x, maximum) exp = Exp(rest)"
-            text += write_reduction(proto, "sum", "ReduceSum", "exp", axes, keepdims)
-            text += write_reduction(proto, "m", "ReduceMax", "x", axes, keepdims)
-            replace_node(proto.graph, index, text + "log = Log(sum) y = Add(log, m)")
+    for index, _, axes, keepdims in find_reductions(proto, shapes, "ReduceLogSumExp"):
+        text = write_reduction(proto, "maximum", "ReduceMax", "x", axes, 1)
+        text += "rest = Sub(x, maximum) exp = Exp(rest)"
+        text += write_reduction(proto, "sum", "ReduceSum", "exp", axes, keepdims)
+        text += write_reduction(proto, "m", "ReduceMax", "x", axes, keepdims)
+        replace_node(proto.graph, index, text + "log = Log(sum) y = Add(log, m)")
 
 
 def rewrite_reduction(proto, shapes):
@@ -246,13 +228,11 @@ def rewrite_reduction(proto, shapes):
     without running statistics). OpenCV 4 does so with the last ones, too.
     """
     kinds = [f"Reduce{kind}" for kind in ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2")]
-    parts = {kind: (kind, kind) for kind in kinds}
-    parts["ReduceSumSquare"] = "ReduceSumSquare", "ReduceSum"
-    parts["ReduceLogSum"] = "ReduceSum", "ReduceLogSum"
-    for index, node in find_nodes(proto.graph, *parts):
-        axes, keepdims = get_axes(proto.graph, node, shapes), get_attribute(node, "keepdims", 1)
-        if axes and len(axes) in (3, 4):
-            first, second = parts[node.op_type]
+    kinds += ["ReduceSumSquare", "ReduceLogSum"]  # squares come first, the logarithm last
+    for index, node, axes, keepdims in find_reductions(proto, shapes, *kinds):
+        if len(axes) in (3, 4):
+            first = node.op_type.replace("LogSum", "Sum")
+            second = node.op_type.replace("SumSquare", "Sum")
             text = write_reduction(proto, "part", first, "x", axes[-2:], keepdims)
             text += write_reduction(proto, "y", second, "part", axes[:-2], keepdims)
             replace_node(proto.graph, index, text)
@@ -271,23 +251,22 @@ def rewrite_average_pool(graph, shapes):
         strides, gaps = (get_attribute(node, n, [1] * rank) for n in ("strides", "dilations"))
         pads = get_attribute(node, "pads", [0] * 2 * rank)
         padding = get_attribute(node, "count_include_pad", 0)
-        factor, ends = np.ones([1] * (2 + rank)), []
-        for axis, (size, length, stride) in enumerate(zip(sizes, kernel, strides, strict=True)):
-            before, behind = pads[axis], pads[rank + axis]
-            room = before + size + behind - gaps[axis] * (length - 1) - 1
-            windows = np.arange(-(-room // stride) + 1) * stride - before
-            windows = windows[windows < size]  # each begins in the picture
-            taps = windows[:, None] + np.arange(length) * gaps[axis]
+        factor, ends = np.ones((1, 1)), []
+        axes = zip(sizes, kernel, strides, gaps, pads[:rank], pads[rank:], strict=True)
+        for size, length, stride, gap, before, behind in axes:
+            limit = size + behind - gap * (length - 1) - 1 + stride
+            windows = np.arange(-before, min(size, limit), stride)  # each begins in the picture
+            taps = windows[:, None] + np.arange(length) * gap
             inside = ((taps >= -before * padding) & (taps < size + behind * padding)).sum(axis=1)
-            factor = factor * (length / inside).reshape([-1] + [1] * (rank - axis - 1))
+            factor = np.multiply.outer(factor, length / inside)
             ends.append(max(taps.max() + 1 - size, behind))
-        options = {"kernel_shape": kernel, "strides": strides}
-        options |= {"dilations": gaps} if max(gaps) > 1 else {}  # since opset 19
+        dilations = f", dilations = {gaps}" if max(gaps) > 1 else ""  # since opset 19
         text = f"""
             padded = Pad(x, pads)
-            pooled = AveragePool <{write_attributes(options)}> (padded) y = Mul(pooled, factor)
+            pooled = AveragePool <kernel_shape = {kernel}, strides = {strides}{dilations}> (padded)
+            y = Mul(pooled, factor)
         """
-        pads = np.int64([0, 0, *pads[:rank], 0, 0, *ends])
+        pads = [0, 0, *pads[:rank], 0, 0, *ends]
         replace_node(graph, index, text, pads=pads, factor=np.float32(factor))
 
 
@@ -303,16 +282,16 @@ def rewrite_grouped_conv(graph):
         if groups == 1 or node.input[1] not in constants:
             continue
         outputs, inputs, *kernel = constants[node.input[1]].dims
-        widths = inputs, outputs // groups
+        merged = 8 // math.gcd(8, inputs, outputs // groups)  # groups in a multiple of 8
         steps = {*kernel, *get_attribute(node, "strides", [1])}
-        if steps != {1} or inputs <= 56 or not any(width % 8 for width in widths):
+        if steps != {1} or inputs <= 56 or merged == 1:
             continue
-        divisors = [n for n in range(2, groups + 1) if groups % n == 0]
-        merged = next((n for n in divisors if not any(n * w % 8 for w in widths)), groups)
+        merged = groups if groups % merged else merged
         weights, rows = np.zeros((outputs, merged, inputs, *kernel), np.float32), np.arange(outputs)
-        weights[rows, rows // widths[1] % merged] = to_array(constants[node.input[1]])
+        weights[rows, rows * groups // outputs % merged] = to_array(constants[node.input[1]])
         weights = weights.reshape(outputs, merged * inputs, *kernel)
-        node.input[1] = add_constant(graph, f"{node.output[0]}_weights", weights)
+        node.input[1] = f"{node.output[0]}~weights"
+        graph.initializer.append(from_array(weights, node.input[1]))
         next(a for a in node.attribute if a.name == "group").i = groups // merged
 
 
@@ -325,5 +304,8 @@ def rewrite_one_channel(graph, shapes):
     for index, node in find_nodes(graph, *BROADCASTING):
         channels = [shapes.get(name, ())[1:2] for name in node.input]
         if {*channels} - {(), (1,)}:
-            for count, position in enumerate(i for i, own in enumerate(channels) if own == (1,)):
-                insert_before(graph, index + count, position, "Identity")
+            for position in reversed([i for i, own in enumerate(channels) if own == (1,)]):
+                name = f"{node.output[0]}~{position}"
+                identity = onnx.helper.make_node("Identity", [node.input[position]], [name])
+                node.input[position] = name
+                graph.node.insert(index, identity)

@@ -11,11 +11,10 @@ from onnx.numpy_helper import to_array
 from onnx_folding import get_shapes
 from onnx_graph import (
     find_nodes,
+    find_reductions,
     get_attribute,
-    get_axes,
     remove_unused,
     replace_node,
-    write_attributes,
     write_reduction,
 )
 
@@ -30,8 +29,7 @@ def speed_up(plain):
     speed_up_gate(proto, shapes)
     speed_up_grouped_conv(proto.graph)
     remove_unused(proto.graph)
-    before, after = ([(n.op_type, *n.input) for n in p.graph.node] for p in (plain, proto))
-    return proto if after != before else None
+    return proto if proto.graph.node != plain.graph.node else None
 
 
 def speed_up_norm(proto, shapes):
@@ -40,17 +38,15 @@ def speed_up_norm(proto, shapes):
     OpenCV 5.0.0 fuses ReduceL2, Clip and Div into a layer Normalize, 41 % of Swin v2's time:
     swin_v2_t 270 -> 150.
     """
-    for index, node in find_nodes(proto.graph, "ReduceL2"):
-        axes, keepdims = get_axes(proto.graph, node, shapes), get_attribute(node, "keepdims", 1)
-        if axes:
-            text = "square = Mul(x, x)"
-            text += write_reduction(proto, "sum", "ReduceSum", "square", axes, keepdims)
-            replace_node(proto.graph, index, text + "y = Sqrt(sum)")
+    for index, _, axes, keepdims in find_reductions(proto, shapes, "ReduceL2"):
+        text = "square = Mul(x, x)"
+        text += write_reduction(proto, "sum", "ReduceSum", "square", axes, keepdims)
+        replace_node(proto.graph, index, text + "y = Sqrt(sum)")
     # torch.nn.functional.normalize repeats the norm, which Div does as well
     expanded = {n.output[0]: n.input[0] for _, n in find_nodes(proto.graph, "Expand")}
     for _, node in find_nodes(proto.graph, "Div"):
         x, norm = node.input
-        if norm in expanded and shapes.get(x) == shapes.get(norm) is not None:
+        if norm in expanded and shapes.get(x, ()) == shapes.get(norm) != ():
             node.input[1] = expanded[norm]
 
 
@@ -71,25 +67,22 @@ def speed_up_stem(graph, shapes):
         dilations, groups = get_attribute(node, "dilations", [1]), get_attribute(node, "group", 1)
         if not is_slow or {*dilations, groups} != {1}:
             continue
-        # For each axis: how many blocks the picture has, how many lie before and behind it, and the
-        # zeros that the kernel gets on either side to begin and end with a block.
-        blocks, before, behind, margins = [], [], [], [(0, 0), (0, 0)]
-        for axis, stride in enumerate(strides):
-            start, kernel = pads[axis], weights.dims[2 + axis]
-            windows = (start + sizes[axis] + pads[axis + 2] - kernel) // stride + 1
-            before.append(-(-start // stride))
-            margin = before[axis] * stride - start
-            length = -(-(margin + kernel) // stride)
-            margins.append((margin, length * stride - margin - kernel))
-            end = windows - 1 + length - before[axis]
-            blocks.append(min(end, -(-sizes[axis] // stride)))
-            behind.append(end - blocks[axis])
+        size, stride, taps = (np.array(v) for v in (sizes, strides, weights.dims[2:]))
+        start, stop = np.reshape(pads, (2, 2))
+        # for each axis: the blocks of the picture, those before and behind it, and the zeros that
+        # the kernel gets on either side to begin and end with a block
+        before = -(-start // stride)
+        margin = before * stride - start
+        length = -(-(margin + taps) // stride)
+        end = (start + size + stop - taps) // stride + length - before
+        blocks = np.minimum(end, -(-size // stride))
+        margins = zip(margin, length * stride - margin - taps, strict=True)
         (rows, columns), (high, wide), (outputs, channels) = blocks, strides, weights.dims[:2]
-        kernel = np.pad(to_array(weights), margins)
-        kernel = kernel.reshape(outputs, channels, -1, high, kernel.shape[3] // wide, wide)
-        kernel = kernel.transpose(0, 1, 3, 5, 2, 4).reshape(outputs, -1, *kernel.shape[2:5:2])
-        options = {"kernel_shape": list(kernel.shape[2:]), "pads": before + behind}
-        read, size = np.int64([rows * high, columns * wide]), np.int64(sizes)
+        kernel = np.pad(to_array(weights), [(0, 0), (0, 0), *margins])
+        kernel = kernel.reshape(outputs, channels, length[0], high, length[1], wide)
+        kernel = kernel.transpose(0, 1, 3, 5, 2, 4).reshape(outputs, -1, *length)
+        pads = np.append(before, end - blocks).tolist()
+        read = blocks * stride
         cut = "cut = Slice(x, zeros, read, axes)" if (read < size).any() else ""
         source = "cut" if cut else "x"
         pad = f"padded = Pad({source}, missing)" if (read > size).any() else ""
@@ -100,13 +93,13 @@ def speed_up_stem(graph, shapes):
             grid = Reshape({source}, grid_shape)
             moved = Transpose <perm = [0, 1, 3, 5, 2, 4]> (grid)
             blocks = Reshape(moved, blocks_shape)
-            y = Conv <{write_attributes(options)}> (blocks, kernel{bias})
+            y = Conv <kernel_shape = {length.tolist()}, pads = {pads}> (blocks, kernel{bias})
         """
         tensors = {
-            "zeros": np.int64([0, 0]), "read": read, "axes": np.int64([2, 3]),
-            "missing": np.int64([0] * 6 + [*np.maximum(read - size, 0)]),
-            "grid_shape": np.int64([0, channels, rows, high, columns, wide]),
-            "blocks_shape": np.int64([0, channels * high * wide, rows, columns]),
+            "zeros": [0, 0], "read": read, "axes": [2, 3],
+            "missing": [0] * 6 + [*np.maximum(read - size, 0)],
+            "grid_shape": [0, channels, rows, high, columns, wide],
+            "blocks_shape": [0, channels * high * wide, rows, columns],
         }  # fmt: skip
         replace_node(graph, index, text, kernel=kernel, bias=node.input[-1], **tensors)
 
@@ -131,8 +124,7 @@ def speed_up_gate(proto, shapes):
         """
         sizes = {"flat_shape": [0, shape[1], -1], "gate_shape": [0, shape[1], 1]}
         sizes["shape"] = [0, *shape[1:]]
-        tensors = {name: np.int64(value) for name, value in sizes.items()}
-        replace_node(proto.graph, index, text, large=large, gate=gate, **tensors)
+        replace_node(proto.graph, index, text, large=large, gate=gate, **sizes)
         gated.add(large)
     for index, node in find_nodes(proto.graph, "GlobalAveragePool"):
         if node.input[0] in gated:
@@ -153,33 +145,28 @@ def speed_up_grouped_conv(graph):
         steps = {n for name in ("strides", "dilations") for n in get_attribute(node, name, [1])}
         if weights is None or groups == 1 or steps != {1} or [*weights.dims[2:]] != [3, 3]:
             continue
-        inputs, outputs, channels = (
-            weights.dims[1],
-            weights.dims[0] // groups,
-            weights.dims[1] * groups,
-        )
+        inputs, outputs = weights.dims[1], weights.dims[0] // groups
         if inputs < 48 or {*node.input[2:]} - constants.keys():
             continue
         # what a group reads and makes, with what the fast path needs beside
         read, made = max(inputs, 64), -(-outputs // 16) * 16
-        kernels = to_array(weights).reshape(groups, outputs, *weights.dims[1:])
+        kernels = to_array(weights).reshape(groups, outputs, inputs, 3, 3)
         biases = np.zeros((groups, made), np.float32)
         if len(node.input) > 2:
             biases[:, :outputs] = to_array(constants[node.input[2]]).reshape(groups, outputs)
-        options = {"kernel_shape": [3, 3], "pads": get_attribute(node, "pads", [0] * 4)}
-        text = ""
-        tensors = {"channel": np.int64([1]), "first": np.int64([0]), "last": np.int64([outputs])}
+        pads = get_attribute(node, "pads", [0] * 4)
+        result = "made" if made > outputs else "y"
+        text, tensors = "", {"channel": [1], "first": [0], "last": [outputs]}
         for i in range(groups):
-            start = min(i * inputs, channels - read)
-            kernel = np.zeros((made, read, 3, 3), np.float32)
+            start = min(i * inputs, groups * inputs - read)
             offset = i * inputs - start
-            kernel[:outputs, offset : offset + inputs] = kernels[i]
-            tensors |= {f"start{i}": np.int64([start]), f"end{i}": np.int64([start + read])}
-            tensors |= {f"kernel{i}": kernel, f"bias{i}": biases[i]}
+            margins = (0, made - outputs), (offset, read - inputs - offset), (0, 0), (0, 0)
+            tensors |= {f"kernel{i}": np.pad(kernels[i], margins), f"bias{i}": biases[i]}
+            tensors |= {f"start{i}": [start], f"end{i}": [start + read]}
             text += f"""
                 x{i} = Slice(x, start{i}, end{i}, channel)
-                made{i} = Conv <{write_attributes(options)}> (x{i}, kernel{i}, bias{i})
+                {result}{i} = Conv <kernel_shape = [3, 3], pads = {pads}> (x{i}, kernel{i}, bias{i})
             """
             text += f"y{i} = Slice(made{i}, first, last, channel)" if made > outputs else ""
-        names = ", ".join(f"{'y' if made > outputs else 'made'}{i}" for i in range(groups))
+        names = ", ".join(f"y{i}" for i in range(groups))
         replace_node(graph, index, f"{text} y = Concat <axis = 1> ({names})", **tensors)
