@@ -76,6 +76,38 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def engines_apart():
+    """For the tests of what only processes of OpenCV's engines show: see below."""
+
+
+@pytest.fixture(autouse=True)
+def engines_here(request, monkeypatch):
+    """Elsewhere a conversion runs OpenCV's engines in this process, one as fast as the other."""
+    if "engines_apart" not in request.fixturenames:
+        for module in ("verify", "locate"):
+            monkeypatch.setattr(f"{module}.run_engine_apart", run_engine_here)
+
+
+def run_engine_here(path, engine, blobs, timeout=None):
+    """verify.run_engine_apart without a process."""
+    from classification import ENGINES
+    from common import NetworksDisagree
+    from verify import get_reason, run_opencv
+
+    try:
+        net = cv2.dnn.readNetFromONNX(str(path), ENGINES[engine])
+    except cv2.error as error:
+        raise NetworksDisagree(f"can't read the file: {get_reason(error)}") from None
+    return [run_opencv(net, blob) for blob in blobs], 1.0
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No chart and no sheet of the evaluations: they take longer than small networks."""
+    monkeypatch.setattr("results.draw", lambda *_: None)
+
+
+@pytest.fixture
 def folder(tmp_path):
     """The folder in which the scripts run."""
     folder = tmp_path / "here"

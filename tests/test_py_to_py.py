@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import re
+import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -79,8 +81,11 @@ def save_changed(weights, path):
 # --- the walk-through -----------------------------------------------------------------------------
 
 
-def test_walk_through_without_network(run, folder):
-    """ResNet-50 with random weights, and nobody can miss it."""
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_walk_through_without_network(run, folder, monkeypatch, real):
+    """ResNet-50, or one with a block per stage, with random weights, and nobody can miss it."""
+    if not real:
+        monkeypatch.setattr(models, "get_model", get_small_resnet)
     result = run("py_to_py_resnet50.py")
     assert "RANDOM WEIGHTS" in result.stderr
     assert result.stdout.count("* shape:  (1, 1000)") == 2
@@ -92,6 +97,14 @@ def test_walk_through_without_network(run, folder):
     assert "PyTorch and OpenCV agree" in agree
     assert random.startswith("RANDOM WEIGHTS")
     assert [p.name for p in folder.rglob("*") if p.is_file()] == ["py_to_py_resnet50-random.onnx"]
+
+
+def get_small_resnet(name, weights=None, **options):
+    """As torchvision answers without a network connection."""
+    assert name == "resnet50"
+    if weights:
+        raise OSError("no network")
+    return models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
 
 
 def test_walk_through_that_disagrees(run, folder, monkeypatch, small):
@@ -122,19 +135,23 @@ def test_walk_through_reads_like_the_tutorial():
 
 
 @pytest.mark.parametrize("script", ["py_to_py_resnet50.py", "py_to_py_cls.py"])
-def test_an_error_of_the_process(start, folder, script):
-    """Exit code 2 and one line, before torch is imported."""
+def test_an_error_of_the_process(monkeypatch, tmp_path, capfd, script):
+    """Exit code 2 and one line, before PyTorch is loaded."""
     name = ["--model_name", "squeezenet1_1"] if script == "py_to_py_cls.py" else []
-    result = start(script, *name, "--input_img", "nope.jpg")
+    monkeypatch.setattr(sys, "argv", [script, *name, "--input_img", "nope.jpg"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    out, err = capfd.readouterr()
+    result = SimpleNamespace(returncode=exit_.value.code, stdout=out, stderr=err)
     check_one_line(result, f"{script}: error: ", "nope.jpg")
-    assert "PyTorch" not in result.stdout and list(folder.iterdir()) == []
+    assert "PyTorch" not in out and list(tmp_path.iterdir()) == []
 
 
 # --- test mode ------------------------------------------------------------------------------------
 
 
 def test_test_mode_and_conversion(
-    run, start_importtime, folder, put_weights, weights, squeezenet, get_logits
+    run, start_importtime, folder, put_weights, weights, squeezenet, get_logits, engines_apart
 ):
     """Cached weights: converted once, and found again without torch; any batch size."""
     put_weights(weights)
@@ -182,11 +199,18 @@ def test_test_mode_and_conversion(
         assert np.allclose(forward(batch[:size]), reference[:size], atol=1e-4)
 
 
-def test_random_weights_converted_before_need_no_torch(run, start_importtime):
-    """Default weights whose download fails are tried again, but not converted again."""
+def test_nothing_but_the_install(run, start_importtime, folder):
+    """No data, no network: the bundled pictures, random weights, and both are said.
+
+    Default weights whose download fails are tried again, but not converted again.
+    """
     options = ["--model_name", "squeezenet1_1", "--test", "True"]
-    first = run("py_to_py_cls.py", *options)
+    first = run("py_to_py_cls.py", *options, "--evaluate", "True")
+    assert "evaluating on the bundled pictures" in get_output(first)
+    assert "RANDOM weights\n12 pictures " in first.stdout
     assert "RANDOM WEIGHTS" in first.stderr and "* RANDOM WEIGHTS" in first.stdout
+    assert "RANDOM weights" in find_result(folder, "log.txt", "squeezenet1_1-random").read_text()
+    assert (folder / "results" / "red_panda_squeezenet1_1-random_classification.jpg").is_file()
     second, imported = start_importtime(*options, "--weights", "Random")
     assert "cv2" in imported and not imported & {"torch", "torchvision", "onnx"}
     third = run("py_to_py_cls.py", *options)
@@ -263,14 +287,15 @@ def test_any_change_converts_again(converted_before, weights, monkeypatch, tmp_p
     assert find_converted(request) is None
 
 
-def test_what_an_entry_depends_on(run, folder, converted_before, weights, monkeypatch):
+def test_what_an_entry_depends_on(run, folder, converted_before, weights, monkeypatch, undrawn):
     """A test or a conversion writes what is asked for, without an export; an evaluation doesn't."""
     monkeypatch.setattr(conversion, "export", None)
     options = ["--model_name", "squeezenet1_1", "--weights", weights]
     zoo = converted_before.with_name("models.yml")
     before = zoo.read_text()
     trial = ["--scale", "1", "--mean", "0", "0", "0", "--std", "1", "1", "1"]
-    data = ["--img_root_dir", PICTURES, "--img_cls_file", PICTURES / "val.txt"]
+    (folder / "val.txt").write_text("koala.jpg 105\nred_panda.jpg 387\n")
+    data = ["--img_root_dir", PICTURES, "--img_cls_file", "val.txt", "--engine", "new"]
     assert "top-1 accuracy" in get_output(run("py_to_py_cls.py", *options, *trial, *data))
     assert zoo.read_text() == before
     too_small = ["--preprocess", "tutorial", "--rsz_width", "9", "--rsz_height", "9"]
@@ -334,17 +359,6 @@ def test_preprocessing_of_test_mode(run, converted_before, weights, squeezenet):
     assert read_answer(result) == expected(centre / 255 / [0.229, 0.224, 0.225])
 
 
-def test_evaluation_with_nothing_but_the_install(run, folder):
-    """No data, no network: the bundled pictures, random weights, and both are said."""
-    options = ["--test", "1", "--evaluate", "1"]
-    result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options)
-    assert "evaluating on the bundled pictures" in get_output(result)
-    assert "RANDOM weights\n12 pictures " in result.stdout
-    assert "RANDOM WEIGHTS" in result.stderr
-    assert "RANDOM weights" in find_result(folder, "log.txt", "squeezenet1_1-random").read_text()
-    assert (folder / "results" / "red_panda_squeezenet1_1-random_classification.jpg").is_file()
-
-
 def test_named_data_is_not_evaluated_with_random_weights(run, folder):
     options = ["--img_root_dir", PICTURES, "--img_cls_file", PICTURES / "val.txt"]
     result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options)
@@ -363,7 +377,8 @@ def test_a_file_that_disagrees_never_gets_its_name(tmp_path, small, monkeypatch,
     older = {path: "an older file of that name", path.with_name("small.onnx.data"): "its weights"}
     for file, text in older.items():
         file.write_text(text)
-    blob = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
+    monkeypatch.setattr(conversion, "locate", lambda *_: "Gemm")
+    blob = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
     network = Network(Request("small"), "small.pth", small, IMAGENET)
     references = get_references(small, blob)
     right, wrong_ones, failing = conversion.export, {False, True}, set()
