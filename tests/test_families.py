@@ -9,9 +9,10 @@ from conversion import convert
 from networks import Request, load_network
 from verify import get_references
 
-SMALL = ["googlenet", "mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5"]
-# they watch OpenCV and torchvision more than this project
+SMALL = ["mobilenet_v3_small", "regnet_y_400mf"]
+# the others watch OpenCV and torchvision more than this project
 OTHERS = [
+    "googlenet", "shufflenet_v2_x0_5",
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s",
     "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "resnet18", "resnext50_32x4d",
     "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vit_b_32",

@@ -18,7 +18,7 @@ from preprocessing import measure
 
 KOALA = PICTURES / "koala.jpg"
 MODES = {name: T.InterpolationMode(name) for name in ("bilinear", "bicubic", "lanczos", "nearest")}
-SIZES = [(1, 500), (64, 64), (300, 300), (4000, 3000), (341, 256), (333, 251), (200, 600)]
+SIZES = [(1, 500), (64, 64), (300, 300), (1300, 1000), (341, 256), (333, 251), (200, 600)]
 SIZES += [(600, 200), (37, 1000), (256, 256), (224, 224), (257, 255)]
 TO_TENSOR = T.ToTensor()
 NORMALIZE = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
