@@ -247,7 +247,13 @@ def test_classes_that_the_network_does_not_have(run, folder, trained):
     assert not (folder / "logs").exists()
 
 
-@pytest.mark.parametrize("name, words", [("vit_b_32", "200x200 pictures"), ("maxvit_t", "fails")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("vit_b_32", "200x200 pictures"),
+        pytest.param("maxvit_t", "fails", marks=pytest.mark.slow),
+    ],
+)
 def test_size_that_the_network_cannot_take(name, words):
     with pytest.raises(RequestError, match=f"{words}.*--frame_size"):
         load_network(Request(name, "random", width=200, height=200))

@@ -360,7 +360,7 @@ EXPORTED = "torch.export.export(Net().eval(), (torch.ones(2, 3, 56, 56),), dynam
 EXPORTED += "({0: torch.export.Dim('batch')},))"
 
 
-@pytest.mark.parametrize("program", [EXPORTED, f"{EXPORTED}.module()", "torch.jit.load('net.pt')"])
+@pytest.mark.parametrize("program", [EXPORTED, "torch.jit.load('net.pt')"])
 @pytest.mark.filterwarnings(
     "ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning"
 )
