@@ -101,6 +101,13 @@ def run_engine_here(path, engine, blobs, timeout=None):
     return [run_opencv(net, blob) for blob in blobs], 1.0
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """The folder that the workers share."""
+    base = tmp_path_factory.getbasetemp()  # of a worker, in that of all; or of a run without any
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
     """No chart and no sheet of the evaluations: they take longer than small networks."""

@@ -104,10 +104,9 @@ def list_logs(folder):
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory, data, weights, converted):
+def whole(shared, data, weights, converted):
     """Figures of a run that was never stopped, from the label file; made by one worker for all."""
-    base = tmp_path_factory.getbasetemp()  # of a worker, in that of all; or of a run without any
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole"
+    folder = shared / "whole"
     with FileLock(f"{folder}.lock"):
         if not list(folder.glob("logs/*/summary.json")):
             folder.mkdir(exist_ok=True)
