@@ -31,9 +31,10 @@ MODELS = [
     "squeezenet1_0", "squeezenet1_1",
     "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2",
 ]  # fmt: skip
-# For this process's workers and the scripts: PyTorch's threads take no time from the other tests',
-# and glibc keeps the memory of large networks, which the kernel would clear again and again.
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+# For this process's workers and the scripts: PyTorch has one thread, since there are more workers
+# than cores, and torchrun's default, so that it rounds the same everywhere; and glibc keeps the
+# memory of large networks, which the kernel would clear again and again.
+os.environ["OMP_NUM_THREADS"] = "1"
 # which a process reads once, before its first video; the same as the scripts'
 os.environ |= {"OPENCV_FFMPEG_LOGLEVEL": "-8", "OPENCV_VIDEOIO_PRIORITY_CV_MJPEG": "0"}
 os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -63,7 +64,6 @@ def env(tmp_path):
     """No display, no network (a proxy that refuses), an empty cache of weights."""
     env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
     env["TORCH_HOME"] = str(tmp_path / "torch_home")
-    env["OMP_NUM_THREADS"] = "1"  # torchrun's default: PyTorch rounds the same everywhere
     for scheme in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         env[scheme] = "http://127.0.0.1:9"
     return env
