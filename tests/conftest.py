@@ -59,6 +59,11 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+def slow(*values):
+    """Values of a parametrization that run with --slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def env(tmp_path):
     """No display, no network (a proxy that refuses), an empty cache of weights."""

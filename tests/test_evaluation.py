@@ -709,16 +709,20 @@ def test_batches_that_are_damaged(folder):
         assert repr(gather_batches(folder / "running")) == repr(dict(sorted(batches.items())))
 
 
+def get_key(data, **changed):
+    """The key of an evaluation of this data, with what is changed in its plan."""
+    network = SimpleNamespace(request=Request("a"), weights="own")
+    converted = SimpleNamespace(made_from="1", load_info={}, activation=None)
+    plan = replace(Plan("own", IMAGENET, "", "RGB", "new", 5), **changed)
+    return evaluation.get_key(network, converted, data, plan)
+
+
 def test_the_key_of_an_evaluation(folder):
     """Changed pictures of the same names and sizes are others, and so is another last digit."""
     shutil.copy(PICTURES / "koala.jpg", folder)
-    network = SimpleNamespace(request=Request("a"), weights="own")
-    converted = SimpleNamespace(made_from="1", load_info={}, activation=None)
-    plan = Plan("own", IMAGENET, "", "RGB", "new", 5)
 
     def key(label=105, **changed):
-        data = Data(str(folder), [("koala.jpg", label)], [])
-        return evaluation.get_key(network, converted, data, replace(plan, **changed))
+        return get_key(Data(str(folder), [("koala.jpg", label)], []), **changed)
 
     before = key()
     assert key() == before
@@ -737,18 +741,15 @@ def test_the_key_of_an_evaluation(folder):
 
 def test_a_key_knows_what_a_row_is(monkeypatch):
     """A column more, or another meaning, and older batches aren't read as if they had it."""
-    network = SimpleNamespace(request=Request("a"), weights="own")
-    converted = SimpleNamespace(made_from="1", load_info={}, activation=None)
-    arguments = network, converted, Data(".", [], []), Plan("own", IMAGENET, "", "RGB", "new", 5)
-    before = evaluation.get_key(*arguments)
+    before = get_key(Data(".", [], []))
     for name, value in (
         ("ROWS_VERSION", evaluation.ROWS_VERSION + 1),
         ("Row", SimpleNamespace(_fields=("number", "new", *Row._fields[1:]))),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(evaluation, name, value)
-            assert evaluation.get_key(*arguments) != before
-    assert evaluation.get_key(*arguments) == before
+            assert get_key(Data(".", [], [])) != before
+    assert get_key(Data(".", [], [])) == before
 
 
 @pytest.mark.slow
@@ -798,15 +799,6 @@ def test_two_ranks_give_the_figures_of_one(grey, folder, execute):
     assert "in each of 2 processes" in output
     assert read_figures(folder) == one and read_summary(folder)["processes"] == 2
     assert {row["warm_up"] for row in read_table(folder, times=True)[:4]} == {"True"}
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_figures_of_one(folder, evaluate, whole):
-    """The same by torchrun."""
-    output = get_output(evaluate(launcher=TWO_PROCESSES))
-    assert output.count("same class 40 of 40") == 1
-    assert read_figures(folder) == whole
-    assert list_logs(folder)[1:] == [f"{list_logs(folder)[0]}/{end}" for end in RESULTS]
 
 
 @pytest.mark.slow

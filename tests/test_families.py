@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 import pytest
-from conftest import read_onnx, run_torch
+from conftest import read_onnx, run_torch, slow
 
 from conversion import convert
 from networks import Request, load_network
@@ -19,9 +19,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [*SMALL, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
-)
+@pytest.mark.parametrize("name", [*SMALL, *map(slow, OTHERS)])
 def test_family(name):
     """The random network answers each picture differently, and OpenCV answers the same."""
     # their own size if they take no other, else one that takes less time

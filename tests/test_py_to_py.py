@@ -3,11 +3,9 @@
 import copy
 import dataclasses
 import re
-import runpy
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -25,6 +23,7 @@ from conftest import (
     read_onnx,
     run_picture,
     run_torch,
+    slow,
 )
 from PIL import Image
 from torchvision import models
@@ -81,7 +80,7 @@ def save_changed(weights, path):
 # --- the walk-through -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("real", [False, slow(True)])
 def test_walk_through_without_network(run, folder, monkeypatch, real):
     """ResNet-50, or one with a block per stage, with random weights, and nobody can miss it."""
     if not real:
@@ -134,17 +133,12 @@ def test_walk_through_reads_like_the_tutorial():
     assert re.findall(r"^def get_(\w+)\(", text, re.M)[:5] == steps.split()
 
 
-@pytest.mark.parametrize("script", ["py_to_py_resnet50.py", "py_to_py_cls.py"])
-def test_an_error_of_the_process(monkeypatch, tmp_path, capfd, script):
+def test_a_picture_that_is_missing(start, run, folder):
     """Exit code 2 and one line, before PyTorch is loaded."""
-    name = ["--model_name", "squeezenet1_1"] if script == "py_to_py_cls.py" else []
-    monkeypatch.setattr(sys, "argv", [script, *name, "--input_img", "nope.jpg"])
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    out, err = capfd.readouterr()
-    result = SimpleNamespace(returncode=exit_.value.code, stdout=out, stderr=err)
-    check_one_line(result, f"{script}: error: ", "nope.jpg")
-    assert "PyTorch" not in out and list(tmp_path.iterdir()) == []
+    nope, name = ["--input_img", "nope.jpg"], ["--model_name", "squeezenet1_1"]
+    for result in (run("py_to_py_resnet50.py", *nope), start("py_to_py_cls.py", *name, *nope)):
+        check_one_line(result, ".py: error: ", "nope.jpg")
+        assert "PyTorch" not in result.stdout and list(folder.iterdir()) == []
 
 
 # --- test mode ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import read_onnx, run_torch
+from conftest import read_onnx, run_torch, slow
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torchvision.ops import SqueezeExcitation
@@ -113,53 +113,34 @@ def make_proto(fault):
     return onnx.shape_inference.infer_shapes(proto)
 
 
-@pytest.fixture
-def find(tmp_path, monkeypatch, engines_apart):
-    """find(proto): what locate.py says about a graph and the new engine, in this process."""
-
-    def find(proto):
-        path = str(tmp_path / "graph.onnx")
-        onnx.save(proto, path)
-        references = [Reference("", x[None], None) for x in BLOB]
-        return find_first_wrong(path, "new", references, time.monotonic() + 60)
-
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    return find
-
-
 @pytest.mark.skipif(cv2.__version__ != "5.0.0", reason="OpenCV 5.0.0's faults")
-@pytest.mark.parametrize(
-    "fault",
-    [*LOCATED, *(pytest.param(f, marks=pytest.mark.slow) for f in FAULTS if f not in LOCATED)],
-)
-def test_the_first_wrong_node_is_located(tmp_path, find, fault):
+@pytest.mark.parametrize("fault", [f if f in LOCATED else slow(f) for f in FAULTS])
+def test_the_first_wrong_node_is_located(tmp_path, fault):
     """Behind it a layer that is right, as in a network."""
     proto = make_proto(fault)
     proto.graph.node.append(helper.make_node("Relu", ["output"], ["relu"]))
     proto.graph.output[0].name = "relu"
-    if fault == "gelu":
-        onnx.save(proto, tmp_path / "graph.onnx")
-        line = locate(tmp_path / "graph.onnx", "new", [Reference("", x[None], None) for x in BLOB])
-    else:
-        line = find(proto)
+    onnx.save(proto, tmp_path / "graph.onnx")
+    line = locate(tmp_path / "graph.onnx", "new", [Reference("", x[None], None) for x in BLOB])
     assert line.startswith(FAULTS[fault][1]), line
     assert "\n" not in line
 
 
-def test_files_without_a_wrong_node(tmp_path, find):
+def test_files_without_a_wrong_node(tmp_path):
     """The fault shows on other pictures; searching takes too much memory; the graph is broken."""
+    path = tmp_path / "graph.onnx"
     proto = make_proto("tanh")
     proto.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 100_000
-    onnx.save(proto, tmp_path / "graph.onnx")
-    assert locate(tmp_path / "graph.onnx", "new") == (
-        "unknown: onnx can't run the file: it is too large"
-    )
+    onnx.save(proto, path)
+    assert locate(path, "new") == "unknown: onnx can't run the file: it is too large"
     proto.graph.node[1].input[0] = "missing"
-    line = find(proto)
+    onnx.save(proto, path)
+    line = locate(path, "new")
     assert line.startswith("unknown: onnx can't run the file") and "'missing'" in line
     proto = make_proto("tanh")
     make_readable(proto)
-    assert find(proto).startswith("none: for these pictures OpenCV")
+    onnx.save(proto, path)
+    assert locate(path, "new").startswith("none: for these pictures OpenCV")
 
 
 @pytest.mark.parametrize("engine", EACH_ENGINE)
@@ -355,12 +336,6 @@ def test_evidence_has_a_batch_of_three(tmp_path):
 def test_a_failure_ends_with_one_sentence(monkeypatch, capsys, engines_apart):
     """Each engine's answer stands above it. OpenCV 5.0.0 can't run such an Einsum."""
     monkeypatch.setattr(conversion, "export", lambda *args: export(*args[:-1], dynamo=False))
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setattr(
-        conversion,
-        "locate",
-        lambda path, *args: find_first_wrong(str(path), *args, time.monotonic() + 60),
-    )
 
     class Gram(torch.nn.Module):
         def forward(self, x):

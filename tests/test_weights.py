@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import slow
 from torchvision import models
 
 import networks
@@ -189,15 +190,9 @@ def check_loaded(path, network, key=""):
 
 @pytest.mark.parametrize(
     "prefix, key",
-    [
-        ("", None),
-        ("module.", None),
-        ("_orig_mod.", "state_dict"),
-        ("module._orig_mod.", "model"),
-        ("", "model_state_dict"),
-        ("net.", "net"),
-    ],
-)
+    [("", None), ("module.", None), ("_orig_mod.", "state_dict"), ("module._orig_mod.", "model"),
+     ("", "model_state_dict"), ("net.", "net")],
+)  # fmt: skip
 def test_wrapped_checkpoints(tmp_path, seven, prefix, key):
     state = prefixed(seven, prefix)
     torch.save(state if key is None else {"epoch": 3, key: state}, tmp_path / "my.pth")
@@ -332,15 +327,11 @@ def test_safetensors(monkeypatch, tmp_path, seven):
         load_network(Request("squeezenet1_1", str(path)))
 
 
+LARGE = ["swin_t", "regnet_y_400mf", "vit_b_32"]
+
+
 @pytest.mark.parametrize("kind", ["as PyTorch saves it", "as torchvision 0.2 saved it"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mobilenet_v2", "densenet121", "mnasnet0_5",
-        *(pytest.param(name, marks=pytest.mark.slow)
-          for name in ("swin_t", "regnet_y_400mf", "vit_b_32")),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "mnasnet0_5", *map(slow, LARGE)])
 def test_the_head_is_sized_from_the_file(tmp_path, name, kind):
     """Of each architecture that torchvision builds or loads in a way of its own."""
     saved = models.get_model(name, num_classes=13).state_dict()
