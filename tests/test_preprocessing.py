@@ -308,7 +308,6 @@ def test_the_transform_of_a_library(folder, monkeypatch, capsys, attributes, exp
         ("mine:Net --transform mine:sharp", "no options do the same ... --resize 40"),
         ("mine:Net --transform mine:nope", "has no nope"),
         ("mine:Net --transform mine:transform --frame_size 64", "32x32 pixels; leave --frame_size"),
-        ("mine:Net --mean 0.5 0.5 0.5 --scale 0.00392157", "give --mean 127.5 127.5 127.5"),
     ],
 )
 def test_transforms_that_are_refused(run, folder, options, words):
