@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from torchvision.ops import SqueezeExcitation
 
 import conversion
-from classification import RequestError, read_zoo
+from classification import ENGINES, RequestError, read_zoo
 from common import NetworksDisagree, Preprocessing
 from conversion import convert, export, rewrite
 from entries import write_entry
@@ -207,7 +207,7 @@ def test_rewrite(tmp_path, fault):
     if fault != "col2im":  # onnx 1.23's evaluator can't run a ConvTranspose with groups
         assert np.allclose(evaluate(proto), expected, atol=1e-5)
     onnx.save(proto, tmp_path / "graph.onnx")
-    forward = read_onnx(tmp_path / "graph.onnx")
+    forward = read_onnx(tmp_path / "graph.onnx", ENGINES["new"])
     for blob in (BLOB, BLOB[:1]):
         output, right = forward(blob), expected[: len(blob)]
         assert output.shape == right.shape and np.allclose(output, right, atol=1e-5)
