@@ -31,9 +31,10 @@ MODELS = [
     "squeezenet1_0", "squeezenet1_1",
     "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2",
 ]  # fmt: skip
-# For this process's workers and the scripts: PyTorch's threads take no time from the other tests',
-# and glibc keeps the memory of large networks, which the kernel would clear again and again.
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+# For this process's workers and the scripts: PyTorch has one thread, since there are more workers
+# than cores, and torchrun's default, so that it rounds the same everywhere; and glibc keeps the
+# memory of large networks, which the kernel would clear again and again.
+os.environ["OMP_NUM_THREADS"] = "1"
 # which a process reads once, before its first video; the same as the scripts'
 os.environ |= {"OPENCV_FFMPEG_LOGLEVEL": "-8", "OPENCV_VIDEOIO_PRIORITY_CV_MJPEG": "0"}
 os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -58,12 +59,16 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+def slow(*values):
+    """Values of a parametrization that run with --slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def env(tmp_path):
     """No display, no network (a proxy that refuses), an empty cache of weights."""
     env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
     env["TORCH_HOME"] = str(tmp_path / "torch_home")
-    env["OMP_NUM_THREADS"] = "1"  # torchrun's default: PyTorch rounds the same everywhere
     for scheme in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         env[scheme] = "http://127.0.0.1:9"
     return env
@@ -73,6 +78,45 @@ def env(tmp_path):
 def in_tmp_path(tmp_path, monkeypatch):
     """What a test writes to models/ stays there."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def engines_apart():
+    """For the tests of what only processes of OpenCV's engines show: see below."""
+
+
+@pytest.fixture(autouse=True)
+def engines_here(request, monkeypatch):
+    """Elsewhere a conversion runs OpenCV's engines in this process, one as fast as the other."""
+    if "engines_apart" not in request.fixturenames:
+        for module in ("verify", "locate"):
+            monkeypatch.setattr(f"{module}.run_engine_apart", run_engine_here)
+
+
+def run_engine_here(path, engine, blobs, timeout=None):
+    """verify.run_engine_apart without a process."""
+    from classification import ENGINES
+    from common import NetworksDisagree
+    from verify import get_reason, run_opencv
+
+    try:
+        net = cv2.dnn.readNetFromONNX(str(path), ENGINES[engine])
+    except cv2.error as error:
+        raise NetworksDisagree(f"can't read the file: {get_reason(error)}") from None
+    return [run_opencv(net, blob) for blob in blobs], 1.0
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """The folder that the workers share."""
+    base = tmp_path_factory.getbasetemp()  # of a worker, in that of all; or of a run without any
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No chart and no sheet of the evaluations: they take longer than small networks."""
+    monkeypatch.setattr("results.draw", lambda *_: None)
 
 
 @pytest.fixture

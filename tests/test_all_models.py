@@ -1,9 +1,11 @@
 """Every network of the tutorial's list, converted and compared; and their files in other OpenCVs:
 
-python -m pytest --all-models -n 0 -s tests/test_all_models.py
+python -m pytest --all-models tests/test_all_models.py
+
+What one worker has converted or installed, the others take.
 """
 
-import functools
+import contextlib
 import re
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ import venv
 import cv2
 import pytest
 from conftest import MODELS, PICTURES, ROOT, get_output, near, read_answer
+from filelock import FileLock
 
 from classification import read_zoo
 from networks import Request, load_network
@@ -31,23 +34,33 @@ PACKAGES = [
 pytestmark = pytest.mark.all_models
 
 
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """The folder of the converted networks."""
-    return tmp_path_factory.mktemp("all_models")
+@contextlib.contextmanager
+def make_once(folder):
+    """Yield the folder to the worker that has to fill it, and None to those after it."""
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            yield None
+            return
+        folder.mkdir()
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
 
 
 @pytest.fixture
 def convert(shared, execute):
-    """convert(name): the network's file, and the program's output if it wasn't there yet."""
+    """convert(name): the network's file, alone in its folder, and the program's output."""
 
     def convert(name):
-        path = shared / "models" / f"{name}-random.onnx"
-        if path.exists():
-            return path, None
-        options = ["--model_name", name, "--weights", "random", "--evaluate", "False"]
-        command = [sys.executable, ROOT / "py_to_py_cls.py", *options]
-        return path, get_output(execute(*command, cwd=shared))
+        with make_once(shared / name) as folder:
+            if folder:
+                options = ["--model_name", name, "--weights", "random", "--evaluate", "False"]
+                command = [sys.executable, ROOT / "py_to_py_cls.py", *options]
+                (folder / "output.txt").write_text(get_output(execute(*command, cwd=folder)))
+        path = shared / name / "models" / f"{name}-random.onnx"
+        return path, (shared / name / "output.txt").read_text()
 
     return convert
 
@@ -72,15 +85,16 @@ def answers(get_logits):
 
 
 @pytest.fixture(scope="session")
-def install(tmp_path_factory):
+def install(shared):
     """install(package): the Python of an environment with this OpenCV and NumPy."""
 
-    @functools.cache
     def install(package):
-        folder = tmp_path_factory.mktemp("venv")
-        venv.create(folder, with_pip=True)
-        python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-        subprocess.run([python, "-m", "pip", "install", "-q", package, "numpy"], check=True)
+        environment = shared / package.replace("*", "x")
+        python = environment / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+        with make_once(environment) as folder:
+            if folder:
+                venv.create(folder, with_pip=True)
+                subprocess.run([python, "-m", "pip", "install", "-q", package, "numpy"], check=True)
         return python
 
     return install
@@ -97,8 +111,8 @@ def test_opencv_version(convert, answers, install, execute, package):
     assert engines == ("new,classic,auto" if found.startswith("5") else "auto")
     for name, logits in answers.items():
         path, _ = convert(name)
-        zoo = path.with_name("models.yml")
-        for options in (["--input", path, KOALA], [path.stem, "--zoo", zoo, "--input", KOALA]):
+        by_name = [path.stem, "--zoo", path.with_name("models.yml"), "--input", KOALA]
+        for options in (by_name, ["--input", path, KOALA])[: 2 if name == MODELS[0] else 1]:
             result = execute(python, script, *options)
             assert read_answer(result) == near(logits, rel=1e-4, abs=1e-4)
     print(f"{package}: OpenCV {found} gives PyTorch's answer with {len(answers)} networks")
@@ -128,21 +142,22 @@ SAMPLES = {
 
 
 @pytest.fixture(scope="session")
-def download_samples(tmp_path_factory):
+def download_samples(shared):
     """download_samples(package): the folder samples/dnn of OpenCV's source package."""
 
-    @functools.cache
     def download(package):
-        folder = tmp_path_factory.mktemp("samples")
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", package]
-        command += ["--no-binary", "opencv-python-headless", "-d", folder]
-        if subprocess.run(command).returncode:
-            pytest.skip(f"the source package of {package} can't be downloaded")
-        with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-            for member in archive:
-                if "/opencv/samples/dnn/" in member.name and member.isfile():
-                    archive.extract(member, folder, filter="data")
-        return next(folder.glob("*/opencv/samples/dnn"))
+        samples = shared / f"samples-{package.replace('*', 'x')}"
+        with make_once(samples) as folder:
+            if folder:
+                command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", package]
+                command += ["--no-binary", "opencv-python-headless", "-d", folder]
+                if subprocess.run(command).returncode:
+                    pytest.skip(f"the source package of {package} can't be downloaded")
+                with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+                    for member in archive:
+                        if "/opencv/samples/dnn/" in member.name and member.isfile():
+                            archive.extract(member, folder, filter="data")
+        return next(samples.glob("*/opencv/samples/dnn"))
 
     return download
 

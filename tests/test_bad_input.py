@@ -8,7 +8,7 @@ import subprocess
 import cv2
 import numpy as np
 import pytest
-from conftest import PICTURES, check_one_line, get_output, read_answer
+from conftest import PICTURES, check_one_line, get_output, read_answer, slow
 
 from classification import RequestError
 from networks import Request, load_network
@@ -216,13 +216,8 @@ def test_request(run, folder, monkeypatch, options, words):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("", "no pictures"),
-        ("koala.jpg 105\nbison.jpg\n", "line 2"),
         ("koala.jpg 105\nbison.jpg many\n", "line 2"),
-        ("koala.jpg -5\n", "line 1"),
-        ("koala.jpg ²\n", "line 1"),
         ("  nope.jpg 1\n", "don't exist ... : nope.jpg; "),
-        ("koala.jpg 1\nb.jpg 1\n", "don't exist ... : b.jpg; "),
     ],
 )
 def test_label_file(run, folder, monkeypatch, text, words):
@@ -247,7 +242,9 @@ def test_classes_that_the_network_does_not_have(run, folder, trained):
     assert not (folder / "logs").exists()
 
 
-@pytest.mark.parametrize("name, words", [("vit_b_32", "200x200 pictures"), ("maxvit_t", "fails")])
+@pytest.mark.parametrize(
+    "name, words", [("vit_b_32", "200x200 pictures"), slow("maxvit_t", "fails")]
+)
 def test_size_that_the_network_cannot_take(name, words):
     with pytest.raises(RequestError, match=f"{words}.*--frame_size"):
         load_network(Request(name, "random", width=200, height=200))
@@ -266,7 +263,8 @@ def test_size_that_the_network_cannot_take(name, words):
         ("--center first", "--center first needs --resize 224 224"),
     ],
 )
-def test_request_that_does_not_fit_the_network(run, folder, options, words):
+def test_request_that_does_not_fit_the_network(run, folder, monkeypatch, options, words):
+    monkeypatch.setattr("networks.measure_and_prove", lambda *_: True)  # other tests' concern
     name = [] if "model_n" in options else ["--model_name", "squeezenet1_1"]
     result = run("py_to_py_cls.py", *name, "--weights", "random", *options.split())
     check_one_line(result, *words.split(" ... "))

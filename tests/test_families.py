@@ -3,24 +3,23 @@
 import cv2
 import numpy as np
 import pytest
-from conftest import read_onnx, run_torch
+from conftest import read_onnx, run_torch, slow
 
 from conversion import convert
 from networks import Request, load_network
 from verify import get_references
 
-SMALL = ["googlenet", "mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5"]
-# they watch OpenCV and torchvision more than this project
+SMALL = ["mobilenet_v3_small", "regnet_y_400mf"]
+# the others watch OpenCV and torchvision more than this project
 OTHERS = [
+    "googlenet", "shufflenet_v2_x0_5",
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s",
     "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "resnet18", "resnext50_32x4d",
     "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vit_b_32",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [*SMALL, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
-)
+@pytest.mark.parametrize("name", [*SMALL, *map(slow, OTHERS)])
 def test_family(name):
     """The random network answers each picture differently, and OpenCV answers the same."""
     # their own size if they take no other, else one that takes less time

@@ -23,6 +23,7 @@ from conftest import (
     read_onnx,
     run_picture,
     run_torch,
+    slow,
 )
 from PIL import Image
 from torchvision import models
@@ -65,22 +66,14 @@ def start_importtime(execute):
     return start
 
 
-def save_changed(weights, path):
-    """Another state dict of the same network; returns the network."""
-    state = torch.load(weights)
-    state["classifier.1.weight"] = state["classifier.1.weight"] * 1.5
-    state["classifier.1.bias"] = state["classifier.1.bias"] + 1
-    torch.save(state, path)
-    network = models.squeezenet1_1()
-    network.load_state_dict(state)
-    return network.eval()
-
-
 # --- the walk-through -----------------------------------------------------------------------------
 
 
-def test_walk_through_without_network(run, folder):
-    """ResNet-50 with random weights, and nobody can miss it."""
+@pytest.mark.parametrize("real", [False, slow(True)])
+def test_walk_through_without_network(run, folder, monkeypatch, real):
+    """ResNet-50, or one with a block per stage, with random weights, and nobody can miss it."""
+    if not real:
+        monkeypatch.setattr(models, "get_model", get_small_resnet)
     result = run("py_to_py_resnet50.py")
     assert "RANDOM WEIGHTS" in result.stderr
     assert result.stdout.count("* shape:  (1, 1000)") == 2
@@ -92,6 +85,14 @@ def test_walk_through_without_network(run, folder):
     assert "PyTorch and OpenCV agree" in agree
     assert random.startswith("RANDOM WEIGHTS")
     assert [p.name for p in folder.rglob("*") if p.is_file()] == ["py_to_py_resnet50-random.onnx"]
+
+
+def get_small_resnet(name, weights=None, **options):
+    """As torchvision answers without a network connection."""
+    assert name == "resnet50"
+    if weights:
+        raise OSError("no network")
+    return models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
 
 
 def test_walk_through_that_disagrees(run, folder, monkeypatch, small):
@@ -121,20 +122,19 @@ def test_walk_through_reads_like_the_tutorial():
     assert re.findall(r"^def get_(\w+)\(", text, re.M)[:5] == steps.split()
 
 
-@pytest.mark.parametrize("script", ["py_to_py_resnet50.py", "py_to_py_cls.py"])
-def test_an_error_of_the_process(start, folder, script):
-    """Exit code 2 and one line, before torch is imported."""
-    name = ["--model_name", "squeezenet1_1"] if script == "py_to_py_cls.py" else []
-    result = start(script, *name, "--input_img", "nope.jpg")
-    check_one_line(result, f"{script}: error: ", "nope.jpg")
-    assert "PyTorch" not in result.stdout and list(folder.iterdir()) == []
+def test_a_picture_that_is_missing(start, run, folder):
+    """Exit code 2 and one line, before PyTorch is loaded."""
+    nope, name = ["--input_img", "nope.jpg"], ["--model_name", "squeezenet1_1"]
+    for result in (run("py_to_py_resnet50.py", *nope), start("py_to_py_cls.py", *name, *nope)):
+        check_one_line(result, ".py: error: ", "nope.jpg")
+        assert "PyTorch" not in result.stdout and list(folder.iterdir()) == []
 
 
 # --- test mode ------------------------------------------------------------------------------------
 
 
 def test_test_mode_and_conversion(
-    run, start_importtime, folder, put_weights, weights, squeezenet, get_logits
+    run, start_importtime, folder, put_weights, weights, squeezenet, get_logits, engines_apart
 ):
     """Cached weights: converted once, and found again without torch; any batch size."""
     put_weights(weights)
@@ -182,11 +182,18 @@ def test_test_mode_and_conversion(
         assert np.allclose(forward(batch[:size]), reference[:size], atol=1e-4)
 
 
-def test_random_weights_converted_before_need_no_torch(run, start_importtime):
-    """Default weights whose download fails are tried again, but not converted again."""
+def test_nothing_but_the_install(run, start_importtime, folder):
+    """No data, no network: the bundled pictures, random weights, and both are said.
+
+    Default weights whose download fails are tried again, but not converted again.
+    """
     options = ["--model_name", "squeezenet1_1", "--test", "True"]
-    first = run("py_to_py_cls.py", *options)
+    first = run("py_to_py_cls.py", *options, "--evaluate", "True")
+    assert "evaluating on the bundled pictures" in get_output(first)
+    assert "RANDOM weights\n12 pictures " in first.stdout
     assert "RANDOM WEIGHTS" in first.stderr and "* RANDOM WEIGHTS" in first.stdout
+    assert "RANDOM weights" in find_result(folder, "log.txt", "squeezenet1_1-random").read_text()
+    assert (folder / "results" / "red_panda_squeezenet1_1-random_classification.jpg").is_file()
     second, imported = start_importtime(*options, "--weights", "Random")
     assert "cv2" in imported and not imported & {"torch", "torchvision", "onnx"}
     third = run("py_to_py_cls.py", *options)
@@ -195,16 +202,6 @@ def test_random_weights_converted_before_need_no_torch(run, start_importtime):
         assert "converted and verified before" in result.stdout
         assert "* RANDOM WEIGHTS" in result.stdout
         assert read_answer(result) == read_answer(first)
-
-
-def test_two_weights_files_of_one_name(run, folder, converted_before, weights, get_logits):
-    """The second replaces the first, and the output says so."""
-    changed = save_changed(weights, folder / "trained.pth")
-    options = ["--model_name", "squeezenet1_1", "--weights", "trained.pth", "--test", "True"]
-    result = run("py_to_py_cls.py", *options)
-    said = "squeezenet1_1-trained.onnx: converted and verified (replaces an older file); using the"
-    assert said in result.stdout
-    assert read_answer(result) == near(get_logits(changed, RED_PANDA))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +248,7 @@ def test_any_change_converts_again(converted_before, weights, monkeypatch, tmp_p
         assert find_converted(request) is not None
         (tmp_path / "onnx_rewrites.py").write_text("# changed")
     elif what == "weights":
-        save_changed(weights, folder / "trained.pth")
+        (folder / "trained.pth").write_bytes(b"others")
     elif what == "one byte":
         data = bytearray(converted_before.read_bytes())
         data[len(data) // 2] ^= 0x40
@@ -263,14 +260,15 @@ def test_any_change_converts_again(converted_before, weights, monkeypatch, tmp_p
     assert find_converted(request) is None
 
 
-def test_what_an_entry_depends_on(run, folder, converted_before, weights, monkeypatch):
+def test_what_an_entry_depends_on(run, folder, converted_before, weights, monkeypatch, undrawn):
     """A test or a conversion writes what is asked for, without an export; an evaluation doesn't."""
     monkeypatch.setattr(conversion, "export", None)
     options = ["--model_name", "squeezenet1_1", "--weights", weights]
     zoo = converted_before.with_name("models.yml")
     before = zoo.read_text()
     trial = ["--scale", "1", "--mean", "0", "0", "0", "--std", "1", "1", "1"]
-    data = ["--img_root_dir", PICTURES, "--img_cls_file", PICTURES / "val.txt"]
+    (folder / "val.txt").write_text("koala.jpg 105\nred_panda.jpg 387\n")
+    data = ["--img_root_dir", PICTURES, "--img_cls_file", "val.txt", "--engine", "new"]
     assert "top-1 accuracy" in get_output(run("py_to_py_cls.py", *options, *trial, *data))
     assert zoo.read_text() == before
     too_small = ["--preprocess", "tutorial", "--rsz_width", "9", "--rsz_height", "9"]
@@ -334,17 +332,6 @@ def test_preprocessing_of_test_mode(run, converted_before, weights, squeezenet):
     assert read_answer(result) == expected(centre / 255 / [0.229, 0.224, 0.225])
 
 
-def test_evaluation_with_nothing_but_the_install(run, folder):
-    """No data, no network: the bundled pictures, random weights, and both are said."""
-    options = ["--test", "1", "--evaluate", "1"]
-    result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options)
-    assert "evaluating on the bundled pictures" in get_output(result)
-    assert "RANDOM weights\n12 pictures " in result.stdout
-    assert "RANDOM WEIGHTS" in result.stderr
-    assert "RANDOM weights" in find_result(folder, "log.txt", "squeezenet1_1-random").read_text()
-    assert (folder / "results" / "red_panda_squeezenet1_1-random_classification.jpg").is_file()
-
-
 def test_named_data_is_not_evaluated_with_random_weights(run, folder):
     options = ["--img_root_dir", PICTURES, "--img_cls_file", PICTURES / "val.txt"]
     result = run("py_to_py_cls.py", "--model_name", "squeezenet1_1", *options)
@@ -363,7 +350,8 @@ def test_a_file_that_disagrees_never_gets_its_name(tmp_path, small, monkeypatch,
     older = {path: "an older file of that name", path.with_name("small.onnx.data"): "its weights"}
     for file, text in older.items():
         file.write_text(text)
-    blob = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
+    monkeypatch.setattr(conversion, "locate", lambda *_: "Gemm")
+    blob = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
     network = Network(Request("small"), "small.pth", small, IMAGENET)
     references = get_references(small, blob)
     right, wrong_ones, failing = conversion.export, {False, True}, set()
@@ -391,6 +379,7 @@ def test_a_file_that_disagrees_never_gets_its_name(tmp_path, small, monkeypatch,
         convert(network, references)
     wrong_ones.remove(True)
     converted = convert(network, references)
+    assert "small.onnx: converted and verified (replaces an older file);" in capsys.readouterr().out
     assert list(path.parent.iterdir()) == [path]
     assert (converted.path.absolute(), converted.outputs) == (path, 1000)
     assert sorted(converted.engines) == sorted(EACH_ENGINE)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import slow
 from torchvision import models
 
 import networks
@@ -28,6 +29,14 @@ def seven():
     """A network of seven classes to be treated as if it were trained."""
     torch.manual_seed(4)
     return models.squeezenet1_1(num_classes=7).eval()
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch):
+    """What torchvision's transforms do is measured in other tests; this is how to do it."""
+    measure_and_prove = networks.measure_and_prove
+    monkeypatch.setattr(networks, "measure_and_prove", lambda *_: True)
+    return lambda: monkeypatch.setattr(networks, "measure_and_prove", measure_and_prove)
 
 
 # --- torchvision's weights ------------------------------------------------------------------------
@@ -129,8 +138,11 @@ def test_cached_weights_are_taken(monkeypatch, env, put_weights, weights, squeez
 
 
 @pytest.mark.parametrize("text, version, resize", [("", 1, 256), ("default", 2, 232)])
-def test_weights_that_are_not_the_first(monkeypatch, tmp_path, small, text, version, resize):
+def test_weights_that_are_not_the_first(
+    monkeypatch, tmp_path, small, measured, text, version, resize
+):
     """torchvision's DEFAULT of resnet50 are its second, which want another resize."""
+    measured()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     taken = []
     monkeypatch.setattr(
@@ -176,8 +188,11 @@ def check_loaded(path, network, key=""):
         assert torch.equal(loaded.model(batch), network(batch))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "net."])
-@pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict", "net"])
+@pytest.mark.parametrize(
+    "prefix, key",
+    [("", None), ("module.", None), ("_orig_mod.", "state_dict"), ("module._orig_mod.", "model"),
+     ("", "model_state_dict"), ("net.", "net")],
+)  # fmt: skip
 def test_wrapped_checkpoints(tmp_path, seven, prefix, key):
     state = prefixed(seven, prefix)
     torch.save(state if key is None else {"epoch": 3, key: state}, tmp_path / "my.pth")
@@ -312,13 +327,11 @@ def test_safetensors(monkeypatch, tmp_path, seven):
         load_network(Request("squeezenet1_1", str(path)))
 
 
-VIT = pytest.param("vit_b_32", marks=pytest.mark.slow)
+LARGE = ["swin_t", "regnet_y_400mf", "vit_b_32"]
 
 
 @pytest.mark.parametrize("kind", ["as PyTorch saves it", "as torchvision 0.2 saved it"])
-@pytest.mark.parametrize(
-    "name", ["mobilenet_v2", "swin_t", "densenet121", "mnasnet0_5", "regnet_y_400mf", VIT]
-)
+@pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "mnasnet0_5", *map(slow, LARGE)])
 def test_the_head_is_sized_from_the_file(tmp_path, name, kind):
     """Of each architecture that torchvision builds or loads in a way of its own."""
     saved = models.get_model(name, num_classes=13).state_dict()
@@ -339,7 +352,9 @@ def test_the_head_is_sized_from_the_file(tmp_path, name, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", models.list_models(module=models))
-def test_the_head_is_the_last_parameter_of_two_dimensions(name):
+def test_the_head_is_the_last_parameter_of_two_dimensions(name, monkeypatch):
+    for function in ("normal_", "kaiming_uniform_", "uniform_"):  # 2.6 GB of random numbers
+        monkeypatch.setattr(torch.nn.init, function, lambda tensor, *_, **__: tensor)
     options = {"aux_logits": False, "init_weights": False}
     options = options if name in ("googlenet", "inception_v3") else {}
     device = "cpu" if name.startswith("regnet") else "meta"  # which RegNet's code can't take
@@ -377,11 +392,15 @@ def test_checkpoint_that_numpy_1_wrote(tmp_path, seven):
     check_loaded(tmp_path / "my.pth", seven)
 
 
-def test_position_embedding_of_another_size(tmp_path):
-    with torch.device("meta"):
-        state = models.vit_b_32(image_size=384).state_dict()
-    state = {key: torch.zeros(value.shape) for key, value in state.items()}
-    torch.save(state, tmp_path / "my.pth")
+def test_position_embedding_of_another_size(tmp_path, monkeypatch):
+    """Of a vit_b_32 with a single small layer."""
+
+    def build(name, image_size):
+        sizes = {"num_layers": 1, "num_heads": 1, "hidden_dim": 8, "mlp_dim": 8}
+        return models.VisionTransformer(image_size, patch_size=32, **sizes)
+
+    monkeypatch.setattr(models, "get_model", build)
+    torch.save(build("vit_b_32", 384).state_dict(), tmp_path / "my.pth")
     with pytest.raises(RequestError, match="size mismatch for encoder.pos_embedding.*--frame_size"):
         load_network(Request("vit_b_32", str(tmp_path / "my.pth")))
 

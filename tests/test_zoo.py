@@ -1,5 +1,6 @@
 """models.yml: what a conversion writes, and classification.py by name."""
 
+import copy
 import hashlib
 import re
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PICTURES, ROOT, check_one_line, get_output, read_answer
+from torchvision import models
 
 from classification import read_zoo
 from common import Preprocessing, read_fields
@@ -272,8 +274,9 @@ def test_files_are_found_where_opencvs_samples_keep_them(run, folder, zoo, monke
         assert "label: name " in run(*arguments).stdout
 
 
-def test_a_size_of_its_own(run, folder):
+def test_a_size_of_its_own(run, folder, monkeypatch, small):
     """Test mode, models.yml and the file agree on what the weights' metadata say."""
+    monkeypatch.setattr(models, "get_model", lambda *args, **options: copy.deepcopy(small))
     options = ["--model_name", "efficientnet_b1", "--weights", "random", "--test", "True"]
     result = run("py_to_py_cls.py", *options)
     assert "width 240, height 240, resize [256], interpolation bicubic" in result.stdout
