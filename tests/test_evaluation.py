@@ -384,7 +384,7 @@ def test_from_end_to_end(grey, folder):
     assert "not the same class: 4 pictures" in output and "not judged" in output
     # a picture that the transform fails on is skipped, and no other gets its label
     (folder / "mine.py").write_text(TRANSFORM.replace("SHIFT", "(0 // int(x.max() != 3))"))
-    result = grey(pictures, *options, preprocessing=())
+    result = grey(pictures, *options, plain=False)
     check_one_line(result, "1 of 5 pictures", code=1)
     assert "skipped: 1 pictures\n* set/3.png: it fails with ZeroDivisionError: " in result.stdout
     rows = read_table(folder)

@@ -34,9 +34,9 @@ def seven():
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
     """What torchvision's transforms do is measured in other tests; this is how to do it."""
-    measure_and_prove = networks.measure_and_prove
-    monkeypatch.setattr(networks, "measure_and_prove", lambda *_: True)
-    return lambda: monkeypatch.setattr(networks, "measure_and_prove", measure_and_prove)
+    set_preprocessing = networks.set_preprocessing
+    monkeypatch.setattr(networks, "set_preprocessing", lambda *_: None)
+    return lambda: monkeypatch.setattr(networks, "set_preprocessing", set_preprocessing)
 
 
 # --- torchvision's weights ------------------------------------------------------------------------
