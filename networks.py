@@ -330,12 +330,9 @@ def build_own(name):
     while isinstance(model, torch.nn.DataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, torch.nn.DataParallel) else model._orig_mod
     check_float(f"--model_name {name}", model.state_dict())
-    try:
-        return model.cpu().eval()
-    except NotImplementedError:  # a torch.export program's, which has no modes
-        program, model = model, torch.nn.Module()
-        model.forward = lambda batch: program(batch)
-        return model.eval()
+    for switch in ("train", "eval"):  # a torch.export program's raise NotImplementedError
+        vars(model).pop(switch, None)
+    return model.cpu().eval()
 
 
 @contextlib.contextmanager
@@ -372,12 +369,11 @@ def your_code(option, name):
         sys.argv = argv
 
 
-def scale_frame(preprocessing, width, height):
+def scale_frame(p, width, height):
     """The same preprocessing for pictures of another width and height, px; None: as it is."""
-    p = preprocessing
-    before, after = (p.width, p.height), (width or p.width, height or p.height)
-    resize = tuple(scale_resize(p.resize, before, after))
-    return replace(p, width=after[0], height=after[1], resize=resize)
+    width, height = width or p.width, height or p.height
+    resize = scale_resize(p.resize, (p.width, p.height), (width, height))
+    return replace(p, width=width, height=height, resize=tuple(resize))
 
 
 def calibrate(model, width, height):
