@@ -190,9 +190,9 @@ def prepare_own(network, test_picture):
 def set_preprocessing(network, size, test_picture, entry=None):
     """Give a Network the preprocessing that its transform is measured to do, and prove it.
 
-    size: (width, height), px, that pictures are resized to if the transform doesn't resize, or
-    None. entry: torchvision's weights. Raises RequestError if get_blob can't do what the user's
-    transform does. For a library's that is a NOTE: its network is right all the same.
+    size: (width, height), px, or None, for a transform that doesn't resize; entry: torchvision's
+    weights. If get_blob can't do the same, that is a RequestError for the user's transform, and a
+    NOTE for a library's: its network is right all the same.
     """
     request, paths = network.request, sorted(Path(find_bundled(CLS_TEST_DATA_DIR)).glob("*.jpg"))
     (theirs, name), mode = find_transform(network, entry), "RGB"
@@ -236,8 +236,7 @@ def find_transform(network, entry=None):
     if entry:
         return entry.transforms(), "torchvision's transforms"
     carriers = [m for m in model.modules() if isinstance(getattr(m, "pretrained_cfg", None), dict)]
-    folder = find_in_config(model, "_name_or_path") or ""
-    about = Path(folder, "preprocessor_config.json")
+    folder = find_in_config(model, "_name_or_path")
     try:
         # timm's, or one that contains one; a timm network may have others within it
         if carriers and (carriers[0] is model or len(carriers) == 1):
@@ -248,7 +247,7 @@ def find_transform(network, entry=None):
             if size:  # of create_model(img_size=160), which resolve_model_data_config ignores
                 config["input_size"] = (3, *size)
             return create_transform(**config), "timm's create_transform"
-        if folder and about.is_file():
+        if folder and (about := Path(folder, "preprocessor_config.json")).is_file():
             from transformers import AutoImageProcessor
 
             return AutoImageProcessor.from_pretrained(folder), f"the image processor of {about}"
