@@ -53,8 +53,8 @@ def read_checkpoint(path):
     if str(path).endswith(".safetensors") and importlib.util.find_spec("safetensors") is None:
         raise RequestError(f"{path}: to read it, pip install safetensors")
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(INERT):
-            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
+        # the warning is about the pickle protocol
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(INERT):
             # weights_only: a pickle can run any code, and a downloaded file is a stranger's
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types for files that aren't its own
@@ -84,12 +84,11 @@ def find_state_dict(checkpoint, wanted, path, weights_key=""):
         keys = f", only {', '.join(map(str, checkpoint))[:100]}" if checkpoint else ""
         keys = f" under {weights_key!r}{keys}" if weights_key else keys
         raise RequestError(f"{path}: no weights of this network in it{keys}; save them with {SAVE}")
-    best = max(found, key=lambda label: found[label][0])  # the first of equals
     fitting = [f"'{label}'" for label, (count, *_) in found.items() if count == len(required)]
     if len(fitting) > 1:
         names = " and ".join(fitting)
         print(f"{path}: weights in {names}: taking {fitting[0]}; --weights_key takes another")
-    _, state, prefix = found[best]
+    _, state, prefix = max(found.values(), key=lambda each: each[0])  # the first of equals
     items = [(str(key), value) for key, value in state.items()]
     if outside := [key for key, _ in items if not key.startswith(prefix)]:
         print(f"{path}: taking what is under '{prefix}', without {', '.join(outside)[:100]}")

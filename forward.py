@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import traceback
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
@@ -176,9 +177,7 @@ class Marks(TorchDispatchMode):
         kwargs = kwargs or {}
         marked = self.has((args, kwargs))
         result = operator(*args, **kwargs)
-        if (
-            marked and result is None
-        ):  # of in-place operators on lists; others return what they write
+        if marked and result is None:  # in place on a list; other operators return what they write
             self.mark((args[:1], kwargs.get("out")))
         elif marked:
             self.mark(result)
@@ -201,10 +200,9 @@ def has_free_shape(operator, args):
     return torch.Tag.dynamic_output_shape in operator.tags
 
 
+@dataclass
 class Readers(TorchFunctionMode):
-    def __init__(self, marks):
-        super().__init__()
-        self.marks = marks
+    marks: Marks
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

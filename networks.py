@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 from torchvision import models
 
@@ -77,11 +79,26 @@ def load_network(request, or_random=True, test_picture=None):
     If torchvision's weights can't be downloaded it gets random ones, and stderr says so, unless
     or_random=False. Raises RequestError for that, and for whatever else can't be loaded.
     """
-    network = Network(request)
+    network, known = Network(request), {}
     if request.is_own:
-        load_own(network, test_picture)
+        build = partial(build_own, request.name)
     else:
-        load_torchvisions(network, test_picture, or_random)
+        known = get_torchvision_weights(request.name)
+        entry = known.get(request.weights.upper(), next(iter(known.values())))
+        set_preprocessing(network, request.size, test_picture, entry)
+        size = request.width or network.preprocessing.width
+        build = partial(build_torchvisions, request.name, size)
+    if request.is_file:
+        load_weights(network, build)
+    elif known and request.weights.upper() in ("", *known):
+        download_torchvisions(network, build, entry, or_random)
+    elif request.weights and not request.is_random:
+        choices = ", ".join([*known, RANDOM])
+        raise RequestError(f"--weights {request.weights}: no such file; known names: {choices}")
+    else:
+        network.model, network.weights = build(), request.weights.lower() or "own"
+    if request.is_own:
+        prepare_own(network, test_picture)
     names = {"id2label": find_in_config(network.model, "id2label")}
     network.class_names = find_class_names(vars(network.model) | names)
     if network.mix is not None:
@@ -102,27 +119,6 @@ def load_network(request, or_random=True, test_picture=None):
     if request.is_own:
         adapt_own(network)
     return network
-
-
-def load_torchvisions(network, test_picture, or_random):
-    """Fill in the Network of a Request for one of torchvision's classifiers."""
-    request, known = network.request, get_torchvision_weights(network.request.name)
-    entry = known.get(request.weights.upper(), next(iter(known.values())))
-    set_preprocessing(network, request.size, test_picture, entry)
-    build = partial(build_torchvisions, request.name, request.width or network.preprocessing.width)
-    if request.is_file:
-        load_weights(network, build)
-        if request.name in BUILD_OPTIONS:
-            note = "assuming it was trained with transform_input=True; if not, give MODULE:FUNCTION"
-            print(f"NOTE: {request.weights}: {note}", file=sys.stderr)
-    elif request.weights.upper() in ("", *known):
-        download_torchvisions(network, build, entry, or_random)
-    elif not request.is_random:
-        choices = ", ".join([*known, RANDOM])
-        raise RequestError(f"--weights {request.weights}: not a file, and not one of {choices}")
-    if network.model is None:
-        network.request = replace(request, weights=RANDOM)
-        network.model, network.weights = build(), RANDOM
 
 
 def get_torchvision_names():
@@ -152,7 +148,7 @@ def build_torchvisions(name, size, **options):
 
 
 def download_torchvisions(network, build, entry, or_random):
-    """Give a Network torchvision's weights; none if they can't be had and random ones may be."""
+    """Give a Network torchvision's weights; random ones if they can't be had, and those may be."""
     path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
     # the name ends in the start of its SHA-256; torch checks that only when it downloads the file
     if path.is_file() and not get_digest(path).startswith(path.stem.rpartition("-")[2]):
@@ -171,25 +167,20 @@ def download_torchvisions(network, build, entry, or_random):
             raise RequestError(f"{reason}: {hint}") from None
         effect = "which prove the conversion just as well, but give meaningless answers"
         print(f"WARNING: {reason}: continuing with RANDOM WEIGHTS, {effect}", file=sys.stderr)
+        network.request = replace(network.request, weights=RANDOM)
+        network.model, network.weights = build(), RANDOM
     finally:
         socket.setdefaulttimeout(before)
 
 
-def load_own(network, test_picture):
-    """Fill in the Network of a Request for "module:function"."""
-    request, build = network.request, partial(build_own, network.request.name)
-    if request.is_file:
-        load_weights(network, build)
-    elif request.weights and not request.is_random:
-        raise RequestError(f"--weights {request.weights}: no such file")
-    else:
-        network.model, network.weights = build(), request.weights.lower() or "own"
-    if not request.weights:
-        print(f"{request.name}: using the weights the function returns it with")
+def prepare_own(network, test_picture):
+    """Give the Network of your code its preprocessing; without a transform, ImageNet's."""
+    if network.weights == "own":
+        print(f"{network.request.name}: using the weights the function returns it with")
     if size := find_in_config(network.model, "image_size"):  # or (height, width)
         size = (size, size) if isinstance(size, int) else tuple(size)[::-1]
         network.preprocessing = scale_frame(IMAGENET, *size)
-    set_preprocessing(network, request.size or size, test_picture)
+    set_preprocessing(network, network.request.size or size, test_picture)
     if network.transform is None:
         network.declared, p = False, network.preprocessing
         if takes_grey(network.model, p.width, p.height):
@@ -199,9 +190,9 @@ def load_own(network, test_picture):
 def set_preprocessing(network, size, test_picture, entry=None):
     """Give a Network the preprocessing that its transform is measured to do, and prove it.
 
-    size: (width, height), px, that pictures are resized to if the transform doesn't resize, or
-    None. entry: torchvision's weights. Raises RequestError if get_blob can't do what the user's
-    transform does. For a library's that is a NOTE: its network is right all the same.
+    size: (width, height), px, or None, for a transform that doesn't resize; entry: torchvision's
+    weights. If get_blob can't do the same, that is a RequestError for the user's transform, and a
+    NOTE for a library's: its network is right all the same.
     """
     request, paths = network.request, sorted(Path(find_bundled(CLS_TEST_DATA_DIR)).glob("*.jpg"))
     (theirs, name), mode = find_transform(network, entry), "RGB"
@@ -238,20 +229,16 @@ def set_preprocessing(network, size, test_picture, entry=None):
 
 
 def find_transform(network, entry=None):
-    """(the transform of PIL pictures that a network comes with, its name), or (None, "").
-
-    That is the user's, torchvision's, timm's create_transform for a module with a dictionary
-    `pretrained_cfg`, or the image processor of a folder that transformers loaded the network from.
-    """
+    """(the transform of PIL pictures that a network comes with, its name), or (None, "")."""
     request, model = network.request, network.model
     if request.transform:
         return load_transform(request.transform), request.transform
     if entry:
         return entry.transforms(), "torchvision's transforms"
     carriers = [m for m in model.modules() if isinstance(getattr(m, "pretrained_cfg", None), dict)]
-    folder = find_in_config(model, "_name_or_path") or ""
-    about = Path(folder, "preprocessor_config.json")
+    folder = find_in_config(model, "_name_or_path")
     try:
+        # timm's, or one that contains one; a timm network may have others within it
         if carriers and (carriers[0] is model or len(carriers) == 1):
             from timm.data import create_transform, resolve_model_data_config
 
@@ -260,7 +247,7 @@ def find_transform(network, entry=None):
             if size:  # of create_model(img_size=160), which resolve_model_data_config ignores
                 config["input_size"] = (3, *size)
             return create_transform(**config), "timm's create_transform"
-        if folder and about.is_file():
+        if folder and (about := Path(folder, "preprocessor_config.json")).is_file():
             from transformers import AutoImageProcessor
 
             return AutoImageProcessor.from_pretrained(folder), f"the image processor of {about}"
@@ -342,12 +329,9 @@ def build_own(name):
     while isinstance(model, torch.nn.DataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, torch.nn.DataParallel) else model._orig_mod
     check_float(f"--model_name {name}", model.state_dict())
-    try:
-        return model.cpu().eval()
-    except NotImplementedError:  # a torch.export program's, which has no modes
-        program, model = model, torch.nn.Module()
-        model.forward = lambda batch: program(batch)
-        return model.eval()
+    for switch in ("train", "eval"):  # a torch.export program's raise NotImplementedError
+        vars(model).pop(switch, None)
+    return model.cpu().eval()
 
 
 @contextlib.contextmanager
@@ -384,12 +368,11 @@ def your_code(option, name):
         sys.argv = argv
 
 
-def scale_frame(preprocessing, width, height):
+def scale_frame(p, width, height):
     """The same preprocessing for pictures of another width and height, px; None: as it is."""
-    p = preprocessing
-    before, after = (p.width, p.height), (width or p.width, height or p.height)
-    resize = tuple(scale_resize(p.resize, before, after))
-    return replace(p, width=after[0], height=after[1], resize=resize)
+    width, height = width or p.width, height or p.height
+    resize = scale_resize(p.resize, (p.width, p.height), (width, height))
+    return replace(p, width=width, height=height, resize=tuple(resize))
 
 
 def calibrate(model, width, height):
@@ -405,25 +388,23 @@ def calibrate(model, width, height):
     step = torch.linspace(0, 1, 8).reshape(8, 1, 1, 1)
     batch = smooth + step * torch.randn(8, 3, *size) + 4 * step - 2
 
-    def set_statistics(batch_norm, inputs):
+    def set_statistics(module, inputs):
+        if not isinstance(module, _BatchNorm):
+            return
         # The whole mean and the variance of channels that hardly change would amplify rounding
         # errors (resnet152: to 2e-4; ConvMixer: to 6e-3), a twentieth and a least variance don't.
         axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
         variance = inputs[0].var(axes)
-        batch_norm.running_mean = 0.05 * inputs[0].mean(axes)
-        batch_norm.running_var = variance.clamp(min=variance.mean())
+        module.running_mean = 0.05 * inputs[0].mean(axes)
+        module.running_var = variance.clamp(min=variance.mean())
 
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    hooks = [norm.register_forward_pre_hook(set_statistics) for norm in norms]
     with torch.no_grad():
         for parameter in model.parameters():
             if (parameter == parameter.flatten()[0]).all():
                 parameter += 0.02 * torch.randn_like(parameter)
-    if hooks:
-        with no_autocast():
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        with register_module_forward_pre_hook(set_statistics), no_autocast():
             run_forward(model, batch.to(get_dtype(model)))
-    for hook in hooks:
-        hook.remove()
 
 
 def load_weights(network, build):
@@ -453,6 +434,9 @@ def load_weights(network, build):
     for key, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise RequestError(f"{path}: {key} isn't a tensor of finite numbers")
+    if request.name in BUILD_OPTIONS:
+        note = "assuming it was trained with transform_input=True; if not, give MODULE:FUNCTION"
+        print(f"NOTE: {path}: {note}", file=sys.stderr)
     model.class_names = find_class_names(checkpoint)
     network.model, network.weights = model.eval(), Path(path).name
 

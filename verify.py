@@ -4,6 +4,7 @@ Each of OpenCV's engines runs in a process of its own, because a file can crash 
 with it. That process is this script, which reads blobs and writes OpenCV's answers.
 """
 
+import itertools
 import os
 import pickle
 import re
@@ -98,9 +99,7 @@ def get_references(model, sample_blob):
         moves = [get_change(model, reference, 1 + 1e-6) for reference in references]
         # the picture's own answer is needed: timm's inception_v4, if random, moves by 1.4e-5
         limits = [MAX_RELATIVE_ERROR, MAX_MOVE, MAX_MOVE, MAX_MOVE]
-        steady = [
-            r for r, move, limit in zip(references, moves, limits, strict=True) if move <= limit
-        ]
+        steady = [*itertools.compress(references, np.less_equal(moves, limits))]
         logits = np.concatenate([reference.logits for reference in steady or references])
         spread = np.ptp(logits, axis=0).max()
     # > and not "not <=", which would let nan and inf pass
@@ -160,18 +159,14 @@ def get_reason(error):
     return where + text.rpartition("error: ")[2].strip("> ").replace(" > ", " ")[:100]
 
 
-def run_engine_apart(onnx_path, engine, blobs, timeout=None):
+def run_engine_apart(onnx_path, engine, blobs):
     """([logits of each blob], CPU seconds of one pass with the first), from a child process.
 
-    Without blobs it only reads the file. Raises NetworksDisagree if the engine can't run the file,
-    crashes, or takes more than `timeout` seconds.
+    Without blobs it only reads the file. Raises NetworksDisagree if the engine can't run the file.
     """
     command = [sys.executable, __file__, str(onnx_path), engine]
-    options = {"input": pickle.dumps(blobs), "capture_output": True, "timeout": timeout}
-    try:
-        child = subprocess.run(command, env=os.environ | {"OPENCV_LOG_LEVEL": "WARNING"}, **options)
-    except subprocess.TimeoutExpired:
-        raise NetworksDisagree(f"doesn't end within {timeout:.0f} s") from None
+    env = os.environ | {"OPENCV_LOG_LEVEL": "WARNING"}
+    child = subprocess.run(command, env=env, input=pickle.dumps(blobs), capture_output=True)
     if child.returncode == 0:
         return pickle.loads(child.stdout)
     said = child.stderr.decode(errors="replace")

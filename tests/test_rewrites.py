@@ -1,7 +1,6 @@
 """onnx_rewrites.py: what OpenCV's importer gets wrong, and that the rewritten graph is right."""
 
 import hashlib
-import time
 from pathlib import Path
 
 import cv2
@@ -19,7 +18,7 @@ from classification import ENGINES, RequestError, read_zoo
 from common import NetworksDisagree, Preprocessing
 from conversion import convert, export, rewrite
 from entries import write_entry
-from locate import find_first_wrong, locate
+from locate import locate
 from networks import Network, Request
 from onnx_rewrites import make_readable
 from verify import EACH_ENGINE, Reference, get_references, run_engine_apart, verify
@@ -176,23 +175,14 @@ def test_the_failure_that_names_a_node_is_quoted(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_search_ends_in_time(tmp_path, monkeypatch):
-    """onnx takes minutes to sample a grid; OpenCV's process, a stand-in, doesn't end."""
+    """onnx takes minutes to sample a grid."""
     monkeypatch.setattr("locate.MAX_SECONDS", 1)
     proto = make_model(
         "output = GridSample(input, grid)", {"output": "1, 3, 512, 512"}, "1, 3, 8, 8"
     )
     onnx.save(proto, tmp_path / "graph.onnx")
     line = locate(tmp_path / "graph.onnx", "new")
-    assert line == "unknown: the search was stopped after 1 s, in onnx"
-
-    stand_in = tmp_path / "python"
-    stand_in.write_text("#!/bin/sh\nexec sleep 600\n")
-    stand_in.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(stand_in))
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    onnx.save(make_proto("tanh"), tmp_path / "graph.onnx")
-    line = find_first_wrong(str(tmp_path / "graph.onnx"), "new", (), time.monotonic() + 1)
-    assert line == "unknown: the search was stopped after 1 s, behind input"
+    assert line == "unknown: the search was stopped after 1 s"
 
 
 def evaluate(proto):
