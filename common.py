@@ -40,10 +40,9 @@ def get_hash(about):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yield a path in a hidden folder beside `path`; at the end the file becomes `path`.
+    """Yield a path in a hidden folder beside `path`, into whose folder all is moved at the end.
 
-    So do files beside it, the weights of a large network. An exception leaves all as it was. Raises
-    RequestError if the file can't be written.
+    An exception leaves all as it was. Raises RequestError if the file can't be written.
     """
     path = Path(path)
     prefix = f".{path.name}.{platform.node()}.{os.getpid()}."  # for remove_leftovers

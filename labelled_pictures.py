@@ -31,10 +31,7 @@ class Data:
 
 
 def get_data(config, args, names):
-    """The Data of a TestClsConfig, from class folders or a label file, or of the bundled pictures.
-
-    args: what the user gave. names: the lines of --classes, or ImageNet's.
-    """
+    """The Data from class folders, a label file, or the bundled pictures; names: see there."""
     data, label_file = Data(config.img_root_dir, [], names, args.classes), args.img_cls_file
     if not (args.img_root_dir or label_file or Path(data.root).exists()):
         print(f"no {IMAGENET_VAL_DIR} here: evaluating on the bundled pictures")
@@ -143,10 +140,7 @@ def read_line(text, root, stems, classes):
 
 
 def find_classes(data, outputs):
-    """Put the class IDs into data.pictures, and the names of all classes into data.names.
-
-    Raises RequestError if they can't be those of a network with so many outputs.
-    """
+    """Put the class IDs and all classes' names into the Data; RequestError if they don't fit."""
     count = max(outputs, 2)  # a single output tells class 0 from class 1
     names = data.names if len(data.names) == count else []
     if data.bundled and count != 1000:
@@ -171,10 +165,10 @@ def resolve_folders(data, names, count):
     unknown = [folder for folder in folders if folder not in classes]
     inside = [{e.name for e in os.scandir(Path(data.root, f)) if e.is_dir()} for f in folders]
     if not unknown:
-        ids = [classes[folder] for folder in folders]
+        ids = {folder: classes[folder] for folder in folders}
     elif all(re.fullmatch(r"[0-9]{1,9}", folder) for folder in folders):
-        ids = [int(folder) for folder in folders]
-        if sorted(ids) == [*range(count)] != ids:
+        ids = {folder: int(folder) for folder in folders}
+        if sorted(ids.values()) == [*range(count)] != [*ids.values()]:
             note = "the folders are class IDs; ImageFolder trains on 0, 1, 10, 2 ..."
             print(f"NOTE: {note}: for that order, give --classes with the names in it")
     elif any(len(a & b) > 1 for a, b in combinations(inside, 2)):
@@ -187,9 +181,8 @@ def resolve_folders(data, names, count):
         hint = "name them by IDs, or lines or first words of --classes, or have one for each class"
         raise RequestError(f"{data.root}: {problem}: {hint}")
     else:
-        ids, names = range(count), folders
-    ends = ", ..., ".join(f"folder {folders[i]} is class {ids[i]}" for i in (0, -1)) + data.empty
-    print(f"{data.root}: {len(data.pictures)} pictures in {len(folders)} classes: {ends}")
-    ids = dict(zip(folders, ids, strict=True))
+        ids, names = {folder: i for i, folder in enumerate(folders)}, folders
+    ends = ", ..., ".join(f"folder {f} is class {ids[f]}" for f in (folders[0], folders[-1]))
+    print(f"{data.root}: {len(data.pictures)} pictures in {len(ids)} classes: {ends}{data.empty}")
     data.pictures = [(picture, ids[folder]) for picture, folder in data.pictures]
     return names
