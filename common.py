@@ -119,12 +119,10 @@ class Preprocessing:
 
 
 def read_fields(values):
-    """{field: value} of Preprocessing in options, a config or an entry; None is left out.
-
-    The tutorial calls initial_width rsz_width; cv2 reads true as 1.
-    """
+    """{field: value} of Preprocessing in options, a config or an entry; None is left out."""
     found = {}
     for field in dataclasses.fields(Preprocessing):
+        # the tutorial calls initial_width rsz_width; cv2 reads true as 1
         value = values.get(field.name, values.get(field.name.replace("initial", "rsz")))
         if value is not None:
             found[field.name] = field.type(value) if field.type in (bool, tuple) else value

@@ -1,7 +1,6 @@
-"""A PyTorch network in, a verified ONNX file out.
+"""A PyTorch network in, a verified ONNX file out; entries.py finds it again.
 
-Export, rewrite around OpenCV's faults, compare the answer on each engine: only a file that is right
-is kept. entries.py finds it again.
+Export, rewrite around OpenCV's faults, compare the answers: only a file that is right is kept.
 """
 
 import contextlib

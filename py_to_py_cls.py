@@ -47,12 +47,9 @@ def get_parser():
     yes_no = {"type": boolean, "metavar": "BOOL"}
     add("--model_name", type=model_name, metavar="NAME",
         help="one of --list_models; or MODULE:FUNCTION, which returns an nn.Module of yours")
-    add("--list_models", action="store_true",
-        help="print torchvision's classifiers, their input size and their published accuracy")
-    add("--test", default=False, **yes_no,
-        help="test mode: run classification.py on the converted network and one picture")
-    add("--evaluate", **yes_no,
-        help="evaluation mode: both networks over labelled pictures (default: not with --test)")
+    add("--list_models", action="store_true", help="torchvision's classifiers and their accuracies")
+    add("--test", default=False, **yes_no, help="test mode: classification.py with one picture")
+    add("--evaluate", **yes_no, help="evaluation mode: labelled pictures (default: unless --test)")
     add("--weights", default="", metavar="W",
         help="IMAGENET1K_V1 ..., a checkpoint file, or 'random' (default: those it comes with)")
     add("--weights_key", default="", metavar="KEY",
@@ -68,8 +65,7 @@ def get_parser():
         "tutorial; or PyTorch's by the transform, OpenCV's by ours (default: own)")
     add("--engine", choices=["auto", *EACH_ENGINE], default="auto",
         help="evaluation mode: OpenCV's engine (default: auto, the fastest correct one)")
-    add("--resume", default=True, **yes_no,
-        help="evaluation mode: resume where the same command was interrupted (default: True)")
+    add("--resume", default=True, **yes_no, help="continue a stopped evaluation (default: True)")
     for config in (TestClsConfig, TestClsModuleConfig):
         group = parser.add_argument_group(f"{config.__name__} in test_config.py", config.__doc__)
         for field in fields(config):
