@@ -135,8 +135,7 @@ def resume(batches, total, is_wanted):
     if not is_wanted:
         shutil.rmtree(batches, ignore_errors=True)
     gather(None)  # before another process reads what this one deletes
-    done = gather_batches(batches)
-    if done:
+    if done := gather_batches(batches):
         count = sum(map(len, done.values()))
         print(f"resuming after {count} of {total} pictures; --resume False starts over")
     return done
@@ -166,8 +165,7 @@ def evaluate(network, converted, data, plan, resumes=True):
     network.model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     net = cv2.dnn.readNetFromONNX(str(converted.path), ENGINES[plan.engine])
     networks = {"pytorch": partial(run_pytorch, network.model), "opencv": partial(run_opencv, net)}
-    make_blobs = partial(get_blobs, plan=plan, transform=network.transform)
-    read = partial(read_batch, root=data.root, make_blobs=make_blobs, buffers=buffers)
+    read = partial(read_batch, buffers, data.root, plan, network.transform)
     answer = partial(evaluate_batch, networks, activation=converted.activation)
     start = time.perf_counter()
     interrupted = run_batches(missing, total, read, answer, kept)
@@ -213,7 +211,7 @@ def run_batches(missing, total, read, answer, folder):
             try:
                 # decoding has all cores between the passes, and none during them
                 rows = [row._replace(warm_up=turn == 0) for row in share[turn]]
-                write_batch(folder, answer(*read(rows, workers=workers)))
+                write_batch(folder, answer(*read(rows, workers)))
                 bar.update(len(share[turn]))
             except KeyboardInterrupt:
                 interrupted = True
@@ -238,13 +236,13 @@ def get_blobs(path, plan, transform):
     return [run_transform(transform, read_pil(path)), blob] if plan.transform else [blob]
 
 
-def read_batch(rows, root, make_blobs, workers, buffers):
+def read_batch(buffers, root, plan, transform, rows, workers):
     """(blobs, rows) of a batch; a picture that can't be read is zeros, and its row says why."""
 
     def read(place, row):
         path = os.path.join(root, row.picture)
         try:
-            for buffer, blob in zip(buffers, make_blobs(path), strict=True):
+            for buffer, blob in zip(buffers, get_blobs(path, plan, transform), strict=True):
                 buffer[place] = blob
         except (RequestError, ValueError) as error:  # ValueError: run_transform's
             for buffer in buffers:

@@ -48,15 +48,13 @@ def get_data(config, args, names):
 
 def find_pictures(data):
     """Put the pictures below the class folders into the Data, but no hidden or linked ones."""
-    others, empty = [], []
-    for folder in sorted(e.name for e in os.scandir(data.root) if e.is_dir() and e.name[0] != "."):
-        files = [file.relative_to(data.root) for file in Path(data.root, folder).rglob("*")]
-        files = sorted(file for file in files if not any(part[0] == "." for part in file.parts))
-        found = [(str(file), folder) for file in files if file.suffix.lower() in PICTURES]
-        empty += [] if found else [folder]
-        data.pictures += found
-        rest = (file for file in files if file.suffix.lower() not in PICTURES)
-        others += [f.suffix.lower() or "no suffix" for f in rest if Path(data.root, f).is_file()]
+    folders = [e.name for e in os.scandir(data.root) if e.is_dir() and e.name[0] != "."]
+    paths = (path for folder in folders for path in Path(data.root, folder).rglob("*"))
+    files = sorted(path.relative_to(data.root) for path in paths if not path.is_dir())
+    files = [file for file in files if not any(part[0] == "." for part in file.parts)]
+    data.pictures = [(str(f), f.parts[0]) for f in files if f.suffix.lower() in PICTURES]
+    others = [f.suffix.lower() or "no suffix" for f in files if f.suffix.lower() not in PICTURES]
+    empty = sorted({*folders} - {folder for _, folder in data.pictures})
     data.empty = f" (no pictures in {', '.join(empty)})" if empty else ""
     if others:
         kinds = ", ".join(sorted(set(others)))
