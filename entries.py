@@ -19,7 +19,8 @@ from common import SCRIPT_DIR, Preprocessing, get_digest, get_hash, read_fields,
 from processes import LOCAL_RANK
 from test_config import MODELS_DIR
 
-SCRIPTS = "checkpoints conversion entries forward networks onnx_* preprocessing verify".split()
+SCRIPTS = ("checkpoints", "conversion", "entries", "forward", "networks", "onnx_*")
+SCRIPTS += ("preprocessing", "verify")
 # What an entry says about a file, and, as its made_from, about the network.
 OF_FILE = ("load_info", "outputs", "engines", "activation")
 OF_NETWORK = ("sha256", "declared", "class_names", "preprocessing")

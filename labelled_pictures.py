@@ -62,10 +62,7 @@ def find_pictures(data):
 
 
 def index_classes(names):
-    """{name: class ID} of each class's line, first synonym, and first word ("n01440764 tench").
-
-    For ImageNet's classes, the word is the synset. What could mean two classes isn't in it.
-    """
+    """{name: class ID} of each line, first synonym or first word (a synset) that one class has."""
     names = [name.strip() for name in names]
     synonyms, words = ([name.partition(end)[0] for name in names] for end in ", ")
     if names == read_lines(find_bundled(f"{CLS_TEST_DATA_DIR}/imagenet_classes.txt")):

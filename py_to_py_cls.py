@@ -194,8 +194,7 @@ def get_converted(args, config, module_config, picture, names, data):
 def save_entry(args, converted, names, classes):
     """Write the entry that test mode or a conversion asks for; report what had to be assumed.
 
-    An evaluation alone changes of an older entry only what no longer fits the file.
-    names: the lines of the file `classes`.
+    An evaluation alone keeps an older entry's use if it fits. names: the lines of `classes`.
     """
     only_evaluates, p, name = args.evaluate and not args.test, args.preprocessing, args.model_name
     own = [] if args.classes else converted.class_names

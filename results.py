@@ -1,7 +1,4 @@
-"""The rows of an evaluation in; its table, figures, log, chart and sheet out.
-
-All figures come from the table, pictures.csv, which has a row for each picture.
-"""
+"""The rows of an evaluation in; its table, and figures, log, chart and sheet of that, out."""
 
 import csv
 import io
