@@ -62,7 +62,7 @@ def find_pictures(data):
 
 
 def index_classes(names):
-    """{name: class ID} of each line, first synonym or first word (a synset) that one class has."""
+    """{name: class ID} of each line, first synonym or first word (synset) that only one has."""
     names = [name.strip() for name in names]
     synonyms, words = ([name.partition(end)[0] for name in names] for end in ", ")
     if names == read_lines(find_bundled(f"{CLS_TEST_DATA_DIR}/imagenet_classes.txt")):

@@ -68,7 +68,7 @@ def get_parser():
     add("--resume", default=True, **yes_no, help="continue a stopped evaluation (default: True)")
     for config in (TestClsConfig, TestClsModuleConfig):
         group = parser.add_argument_group(f"{config.__name__} in test_config.py", config.__doc__)
-        for field in fields(config):
+        for field in filter(lambda field: field.metadata, fields(config)):
             group.add_argument(f"--{field.name}", **field.metadata)
     return parser
 # fmt: on
