@@ -40,10 +40,9 @@ def get_hash(about):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yield a path in a hidden folder beside `path`; at the end the file becomes `path`.
+    """Yield a path in a hidden folder beside `path`, into whose folder all is moved at the end.
 
-    So do files beside it, the weights of a large network. An exception leaves all as it was. Raises
-    RequestError if the file can't be written.
+    An exception leaves all as it was. Raises RequestError if the file can't be written.
     """
     path = Path(path)
     prefix = f".{path.name}.{platform.node()}.{os.getpid()}."  # for remove_leftovers
@@ -120,12 +119,10 @@ class Preprocessing:
 
 
 def read_fields(values):
-    """{field: value} of Preprocessing in options, a config or an entry; None is left out.
-
-    The tutorial calls initial_width rsz_width; cv2 reads true as 1.
-    """
+    """{field: value} of Preprocessing in options, a config or an entry; None is left out."""
     found = {}
     for field in dataclasses.fields(Preprocessing):
+        # the tutorial calls initial_width rsz_width; cv2 reads true as 1
         value = values.get(field.name, values.get(field.name.replace("initial", "rsz")))
         if value is not None:
             found[field.name] = field.type(value) if field.type in (bool, tuple) else value

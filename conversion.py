@@ -1,7 +1,6 @@
-"""A PyTorch network in, a verified ONNX file out.
+"""A PyTorch network in, a verified ONNX file out; entries.py finds it again.
 
-Export, rewrite around OpenCV's faults, compare the answer on each engine: only a file that is right
-is kept. entries.py finds it again.
+Export, rewrite around OpenCV's faults, compare the answers: only a file that is right is kept.
 """
 
 import contextlib
@@ -37,13 +36,11 @@ class NotConvertible(RequestError):
 def convert(network, references, allow_branches=False):
     """Write the network's file, verified against verify.get_references; return the Converted.
 
-    An older file stays until then. Raises NetworksDisagree if OpenCV doesn't give PyTorch's answer,
-    and RequestError if the network can't be exported.
+    Raises NetworksDisagree if OpenCV doesn't give PyTorch's answer, and RequestError if the network
+    can't be exported: an older file stays.
     """
-    path = get_onnx_path(network.request)
-    sample_blob = references[0].blob
+    path, sample_blob, failures = get_onnx_path(network.request), references[0].blob, []
     older = " (replaces an older file)" if path.exists() else ""
-    failures = []
     if not allow_branches:
         check_branches(network.model, sample_blob)
     remove_leftovers(path.parent)
@@ -125,15 +122,11 @@ def quiet():
 
 
 def rewrite(path, allow_branches=False):
-    """Put the exported graph into a form that OpenCV reads correctly.
-
-    Raises RequestError if the graph has branches, or takes batches of one size only.
-    """
+    """Mend what OpenCV reads wrongly; RequestError if the graph branches, or has one batch size."""
     proto = onnx.load(path)
     branches = {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan"}
     if branches and not allow_branches:
-        problem = f"the graph branches ({', '.join(branches)}: is it scripted?), "
-        problem += "and can be verified on one side only"
+        problem = f"the graph branches ({', '.join(branches)}), and only one side can be verified"
         raise RequestError(f"{problem}: use torch.where instead; {ANYWAY}")
     for value in (proto.graph.input[0], proto.graph.output[0]):
         if not value.type.tensor_type.shape.dim[0].dim_param:
@@ -154,7 +147,7 @@ def save(proto, path):
 
 
 def choose_graph(path, references):
-    """Make the graph faster if the new engine is right with it; return the engines that are right.
+    """Make the graph faster if the new engine stays right; return the engines that are right.
 
     The fastest comes first. Raises NetworksDisagree if none is, and prints where each goes wrong.
     """

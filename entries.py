@@ -62,12 +62,9 @@ def get_alias(name):
 
 
 def get_sha256(request, network=None):
-    """SHA-256 of all that a converted file depends on: request, versions, and our own code.
-
-    network: of a request with a --transform, whose size and greyscale are in the file.
-    """
+    """SHA-256 of all that a converted file depends on: request, versions, and our own code."""
     about = asdict(request) | {"opencv": cv2.__version__}
-    if request.transform:
+    if request.transform:  # whose size and greyscale are in the file
         p = network.preprocessing
         about["transform"] = f"{p.width}x{p.height} {network.mix}"
     about["weights"] = get_digest(request.weights) if request.is_file else request.weights.lower()
@@ -77,14 +74,10 @@ def get_sha256(request, network=None):
 
 
 def describe_file(network, file, engines, references):
-    """The Converted of a network's new file, which hasn't got its name yet.
-
-    The same file as before keeps the order of its engines: which one is faster can differ from time
-    to time, and an evaluation that was stopped continues with the same engine only.
-    """
+    """The Converted of a network's new file, which hasn't got its name yet."""
     path, load_info = get_onnx_path(network.request), get_load_info(file)
     older = read_converted(path)
-    if older and older.load_info == load_info:
+    if older and older.load_info == load_info:  # a stopped evaluation continues with its engine
         engines = sorted(engines, key=[*older.engines, *engines].index)
     outputs, activation = np.concatenate([logits for _, _, logits in references]), None
     if outputs.min() >= 0 and outputs.max() <= 1:
@@ -97,10 +90,7 @@ def describe_file(network, file, engines, references):
 
 
 def find_converted(request, network=None):
-    """The Converted of a request's file, if its entry says so; else None.
-
-    network: the request's, if it is loaded; what it says about itself wins over the entry.
-    """
+    """The Converted of a request's file, or None; what a loaded network says wins over it."""
     if request.is_own and LOCAL_RANK == 0:
         return None  # what your code computes is unknown, unless torchrun's first process ran it
     path = get_onnx_path(request)
@@ -137,9 +127,8 @@ def read_entry(path):
 def write_entry(converted, preprocessing, classes, anew=True):
     """Write the entry of a converted file into the models.yml beside it.
 
-    classes: the file of the class names, copied beside the model so that you can move the folder;
-    None for the network's own. With anew=False, what an older entry says of the file is brought up
-    to date, and the rest stays if it fits the size of the pictures and the number of classes.
+    classes: the file of the class names, which is copied there; None for the network's own. With
+    anew=False, an older entry keeps what isn't about the file, if it fits the size and the classes.
     """
     path, facts = converted.path, asdict(converted)
     own, zoo, name = facts["preprocessing"], path.with_name(ZOO_NAME), path.stem

@@ -1,9 +1,8 @@
 """The pictures' way through both networks, for py_to_py_cls.py; results.py makes figures of it.
 
 Each evaluation has a folder of its own, logs/NAME_SET_HASH; the hash is of all that the figures
-depend on. While it runs, the rows of each batch are kept there, in a file. So a run that was killed
-and resumed ends with the figures of one that was never stopped, and several processes with those of
-one, if PyTorch's rounding doesn't depend on its number of threads.
+depend on. While it runs, the rows of each batch are kept there: a run that was killed and resumed
+ends with the figures of one that was never stopped, and several processes with those of one.
 """
 
 import contextlib
@@ -53,10 +52,7 @@ class Plan:
 
 
 def make_plan(network, data, outputs, config, args):
-    """The Plan of the command line; the Data gets its class IDs.
-
-    Raises RequestError for an evaluation that is impossible, or whose figures mean nothing.
-    """
+    """The Plan of the command line, or RequestError; the Data gets its class IDs."""
     if len(network.class_names) == outputs and not data.given:
         data.names, data.source = network.class_names, "the network's class names"
     find_classes(data, outputs)
@@ -132,16 +128,14 @@ def gather_batches(folder):
 def resume(batches, total, is_wanted):
     """What a stopped run has left in the folder of its batches; none if it isn't wanted."""
     folder = batches.parent
-    name = folder.name.rpartition("_")[0]
-    others = {*folder.parent.glob(f"{name}_{'[0-9a-f]' * 12}/{batches.name}")} - {batches}
-    for other in sorted(others)[:1]:
+    others = folder.parent.glob(f"{folder.name[:-12]}{'?' * 12}/{batches.name}")
+    if others := sorted({*others} - {batches}):
         problem = "belongs to an interrupted run with other pictures or options; kept"
-        print(f"NOTE: {other.parent}: {problem}")
+        print(f"NOTE: {others[0].parent}: {problem}")
     if not is_wanted:
         shutil.rmtree(batches, ignore_errors=True)
     gather(None)  # before another process reads what this one deletes
-    done = gather_batches(batches)
-    if done:
+    if done := gather_batches(batches):
         count = sum(map(len, done.values()))
         print(f"resuming after {count} of {total} pictures; --resume False starts over")
     return done
@@ -166,12 +160,12 @@ def evaluate(network, converted, data, plan, resumes=True):
 
     keep_large_blocks()
     shape = (size, 3, plan.preprocessing.height, plan.preprocessing.width)
+    # they serve every batch: fresh memory would be scattered more and more
     buffers = [np.empty(shape, np.float32) for _ in range(2 if plan.transform else 1)]
     network.model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     net = cv2.dnn.readNetFromONNX(str(converted.path), ENGINES[plan.engine])
     networks = {"pytorch": partial(run_pytorch, network.model), "opencv": partial(run_opencv, net)}
-    make_blobs = partial(get_blobs, plan=plan, transform=network.transform)
-    read = partial(read_batch, root=data.root, make_blobs=make_blobs, buffers=buffers)
+    read = partial(read_batch, buffers, data.root, plan, network.transform)
     answer = partial(evaluate_batch, networks, activation=converted.activation)
     start = time.perf_counter()
     interrupted = run_batches(missing, total, read, answer, kept)
@@ -200,15 +194,11 @@ def evaluate(network, converted, data, plan, resumes=True):
         check_figures(figures, judged=not plan.transform)
 
 
-def run_batches(batches, total, read, answer, folder):
-    """Evaluate this process's share of the batches; return whether Ctrl-C has ended it.
-
-    batches: [[Row]], of `total` pictures those that aren't done. read, answer: read_batch and
-    evaluate_batch. folder: where the batches are kept.
-    """
-    share = batches[RANK::PROCESSES]
-    turns = -(-len(batches) // PROCESSES)  # the same number in each process
-    interrupted, before = False, total - sum(map(len, batches))
+def run_batches(missing, total, read, answer, folder):
+    """Evaluate this process's share of the missing batches; return whether Ctrl-C has ended it."""
+    share = missing[RANK::PROCESSES]
+    turns = -(-len(missing) // PROCESSES)  # the same number in each process
+    interrupted, before = False, total - sum(map(len, missing))
     start = said = time.monotonic()
     # None: shown on a terminal alone
     bar = tqdm(total=sum(map(len, share)), unit=" pictures", disable=RANK > 0 or None)
@@ -221,7 +211,7 @@ def run_batches(batches, total, read, answer, folder):
             try:
                 # decoding has all cores between the passes, and none during them
                 rows = [row._replace(warm_up=turn == 0) for row in share[turn]]
-                write_batch(folder, answer(*read(rows, workers=workers)))
+                write_batch(folder, answer(*read(rows, workers)))
                 bar.update(len(share[turn]))
             except KeyboardInterrupt:
                 interrupted = True
@@ -239,25 +229,20 @@ def get_blobs(path, plan, transform):
     picture, p = read_picture(path), plan.preprocessing
     if plan.preprocess == "tutorial":
         # blobFromImage's crop would shrink the picture to the blob and cut nothing off a square
-        picture = cv2.resize(picture.astype(np.float32), (p.initial_width, p.initial_height))
+        blob = get_blob(picture, replace(p, width=p.initial_width, height=p.initial_height))[0]
         top, left = (p.initial_height - p.height) // 2, (p.initial_width - p.width) // 2
-        picture = picture[top : top + p.height, left : left + p.width]
-        p = replace(p, initial_width=None, initial_height=None)
-    theirs = [run_transform(transform, read_pil(path))] if plan.transform else []
-    return [*theirs, get_blob(picture, p)[0]]
+        return [blob[:, top : top + p.height, left : left + p.width]]
+    blob = get_blob(picture, p)[0]
+    return [run_transform(transform, read_pil(path)), blob] if plan.transform else [blob]
 
 
-def read_batch(rows, root, make_blobs, workers, buffers):
-    """(blobs, rows) of a batch; a picture that can't be read is zeros, and its row says why.
-
-    make_blobs: get_blobs of a path. The workers read one picture each into the buffers, which serve
-    every batch: fresh memory would be scattered more and more.
-    """
+def read_batch(buffers, root, plan, transform, rows, workers):
+    """(blobs, rows) of a batch; a picture that can't be read is zeros, and its row says why."""
 
     def read(place, row):
         path = os.path.join(root, row.picture)
         try:
-            for buffer, blob in zip(buffers, make_blobs(path), strict=True):
+            for buffer, blob in zip(buffers, get_blobs(path, plan, transform), strict=True):
                 buffer[place] = blob
         except (RequestError, ValueError) as error:  # ValueError: run_transform's
             for buffer in buffers:
@@ -274,7 +259,7 @@ def evaluate_batch(networks, blobs, rows, activation=None):
     """The rows of a batch with both networks' answers, but for those that are skipped.
 
     networks: {"pytorch": run, "opencv": run}; blobs: theirs, or one for both, float32 (pictures, 3,
-    height, width). activation: what the networks end in, if their outputs are probabilities.
+    height, width).
     """
     import torch
 
@@ -301,18 +286,14 @@ def evaluate_batch(networks, blobs, rows, activation=None):
         difference = np.abs(logits["pytorch"].astype(np.float64) - logits["opencv"])
     columns["l1"], columns["l_inf"] = difference.mean(axis=1), difference.max(axis=1)
     columns["peak"] = np.abs(logits["pytorch"]).max(axis=1)
-    values = zip(*(column.tolist() for column in columns.values()), strict=True)
-    answers = [dict(zip(columns, value, strict=True)) for value in values]
+    answers = [{name: column[i].item() for name, column in columns.items()} for i in places]
     pairs = zip(rows, answers, strict=True)
     return [row if row.skipped else row._replace(**answer) for row, answer in pairs]
 
 
 def keep_large_blocks():
-    """Have glibc keep the memory of a layer's output for the next layer.
-
-    By default it returns blocks of that size to the kernel, and PyTorch spends up to half the time
-    of a batch of 50 in page faults, which a comparison mustn't charge it.
-    """
+    """Have glibc keep the memory of a layer's output for the next layer."""
+    # else PyTorch spends up to half the time of a batch of 50 in page faults
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>

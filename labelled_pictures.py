@@ -31,10 +31,7 @@ class Data:
 
 
 def get_data(config, args, names):
-    """The Data of a TestClsConfig, from class folders or a label file, or of the bundled pictures.
-
-    args: what the user gave. names: the lines of --classes, or ImageNet's.
-    """
+    """The Data from class folders, a label file, or the bundled pictures; names: see there."""
     data, label_file = Data(config.img_root_dir, [], names, args.classes), args.img_cls_file
     if not (args.img_root_dir or label_file or Path(data.root).exists()):
         print(f"no {IMAGENET_VAL_DIR} here: evaluating on the bundled pictures")
@@ -51,15 +48,13 @@ def get_data(config, args, names):
 
 def find_pictures(data):
     """Put the pictures below the class folders into the Data, but no hidden or linked ones."""
-    others, empty = [], []
-    for folder in sorted(e.name for e in os.scandir(data.root) if e.is_dir() and e.name[0] != "."):
-        files = [file.relative_to(data.root) for file in Path(data.root, folder).rglob("*")]
-        files = sorted(file for file in files if not any(part[0] == "." for part in file.parts))
-        found = [(str(file), folder) for file in files if file.suffix.lower() in PICTURES]
-        empty += [] if found else [folder]
-        data.pictures += found
-        rest = (file for file in files if file.suffix.lower() not in PICTURES)
-        others += [f.suffix.lower() or "no suffix" for f in rest if Path(data.root, f).is_file()]
+    folders = [e.name for e in os.scandir(data.root) if e.is_dir() and e.name[0] != "."]
+    paths = (path for folder in folders for path in Path(data.root, folder).rglob("*"))
+    files = sorted(path.relative_to(data.root) for path in paths if not path.is_dir())
+    files = [file for file in files if not any(part[0] == "." for part in file.parts)]
+    data.pictures = [(str(f), f.parts[0]) for f in files if f.suffix.lower() in PICTURES]
+    others = [f.suffix.lower() or "no suffix" for f in files if f.suffix.lower() not in PICTURES]
+    empty = sorted({*folders} - {folder for _, folder in data.pictures})
     data.empty = f" (no pictures in {', '.join(empty)})" if empty else ""
     if others:
         kinds = ", ".join(sorted(set(others)))
@@ -67,10 +62,7 @@ def find_pictures(data):
 
 
 def index_classes(names):
-    """{name: class ID} of each class's line, first synonym, and first word ("n01440764 tench").
-
-    For ImageNet's classes, the word is the synset. What could mean two classes isn't in it.
-    """
+    """{name: class ID} of each line, first synonym or first word (synset) that only one has."""
     names = [name.strip() for name in names]
     synonyms, words = ([name.partition(end)[0] for name in names] for end in ", ")
     if names == read_lines(find_bundled(f"{CLS_TEST_DATA_DIR}/imagenet_classes.txt")):
@@ -143,10 +135,7 @@ def read_line(text, root, stems, classes):
 
 
 def find_classes(data, outputs):
-    """Put the class IDs into data.pictures, and the names of all classes into data.names.
-
-    Raises RequestError if they can't be those of a network with so many outputs.
-    """
+    """Put the class IDs and all classes' names into the Data; RequestError if they don't fit."""
     count = max(outputs, 2)  # a single output tells class 0 from class 1
     names = data.names if len(data.names) == count else []
     if data.bundled and count != 1000:
@@ -171,10 +160,10 @@ def resolve_folders(data, names, count):
     unknown = [folder for folder in folders if folder not in classes]
     inside = [{e.name for e in os.scandir(Path(data.root, f)) if e.is_dir()} for f in folders]
     if not unknown:
-        ids = [classes[folder] for folder in folders]
+        ids = {folder: classes[folder] for folder in folders}
     elif all(re.fullmatch(r"[0-9]{1,9}", folder) for folder in folders):
-        ids = [int(folder) for folder in folders]
-        if sorted(ids) == [*range(count)] != ids:
+        ids = {folder: int(folder) for folder in folders}
+        if sorted(ids.values()) == [*range(count)] != [*ids.values()]:
             note = "the folders are class IDs; ImageFolder trains on 0, 1, 10, 2 ..."
             print(f"NOTE: {note}: for that order, give --classes with the names in it")
     elif any(len(a & b) > 1 for a, b in combinations(inside, 2)):
@@ -187,9 +176,8 @@ def resolve_folders(data, names, count):
         hint = "name them by IDs, or lines or first words of --classes, or have one for each class"
         raise RequestError(f"{data.root}: {problem}: {hint}")
     else:
-        ids, names = range(count), folders
-    ends = ", ..., ".join(f"folder {folders[i]} is class {ids[i]}" for i in (0, -1)) + data.empty
-    print(f"{data.root}: {len(data.pictures)} pictures in {len(folders)} classes: {ends}")
-    ids = dict(zip(folders, ids, strict=True))
+        ids, names = {folder: i for i, folder in enumerate(folders)}, folders
+    ends = ", ..., ".join(f"folder {f} is class {ids[f]}" for f in (folders[0], folders[-1]))
+    print(f"{data.root}: {len(data.pictures)} pictures in {len(ids)} classes: {ends}{data.empty}")
     data.pictures = [(picture, ids[folder]) for picture, folder in data.pictures]
     return names

@@ -21,8 +21,7 @@ def join_processes():
 
     # gloo notices by itself that a rank has died, but not that its machine has lost its power
     dist.init_process_group("gloo", timeout=datetime.timedelta(hours=1))
-    # seen once in PyTorch 2.15: signal 6 at the end of a process, by its message over a thread of
-    # C++ that still ran, while nothing had left the group
+    # else, seen once in PyTorch 2.15, signal 6 at the end: a thread of C++ still ran
     atexit.register(dist.destroy_process_group)
     if RANK != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)

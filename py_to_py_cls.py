@@ -47,12 +47,9 @@ def get_parser():
     yes_no = {"type": boolean, "metavar": "BOOL"}
     add("--model_name", type=model_name, metavar="NAME",
         help="one of --list_models; or MODULE:FUNCTION, which returns an nn.Module of yours")
-    add("--list_models", action="store_true",
-        help="print torchvision's classifiers, their input size and their published accuracy")
-    add("--test", default=False, **yes_no,
-        help="test mode: run classification.py on the converted network and one picture")
-    add("--evaluate", **yes_no,
-        help="evaluation mode: both networks over labelled pictures (default: not with --test)")
+    add("--list_models", action="store_true", help="torchvision's classifiers and their accuracies")
+    add("--test", default=False, **yes_no, help="test mode: classification.py with one picture")
+    add("--evaluate", **yes_no, help="evaluation mode: labelled pictures (default: unless --test)")
     add("--weights", default="", metavar="W",
         help="IMAGENET1K_V1 ..., a checkpoint file, or 'random' (default: those it comes with)")
     add("--weights_key", default="", metavar="KEY",
@@ -62,15 +59,13 @@ def get_parser():
     add("--transform", default="", type=model_name, metavar="MODULE:NAME",
         help="your validation transform, PIL picture to tensor (default: the library's)")
     add("--default_img_preprocess", default=True, **yes_no,
-        help="test mode: prepare pictures as the network wants it, or by the defaults below if "
-        "False; options win over both (default: True)")
+        help="test mode: as the network wants it; False: by the defaults below (default: True)")
     add("--preprocess", choices=["own", "tutorial", "transform"], default="own",
         help="evaluation mode: as the network wants it; the centre of 256x256 pixels, as in the "
         "tutorial; or PyTorch's by the transform, OpenCV's by ours (default: own)")
     add("--engine", choices=["auto", *EACH_ENGINE], default="auto",
         help="evaluation mode: OpenCV's engine (default: auto, the fastest correct one)")
-    add("--resume", default=True, **yes_no,
-        help="evaluation mode: resume where the same command was interrupted (default: True)")
+    add("--resume", default=True, **yes_no, help="continue a stopped evaluation (default: True)")
     for config in (TestClsConfig, TestClsModuleConfig):
         group = parser.add_argument_group(f"{config.__name__} in test_config.py", config.__doc__)
         for field in filter(lambda field: field.metadata, fields(config)):
@@ -163,30 +158,27 @@ def list_models():
         )
 
 
-def load(args, data, test_picture):
-    """(Network, Converted): None for a Network that isn't needed, or a file that isn't there yet.
-
-    Without an evaluation, a file that is found without PyTorch is enough.
-    """
-    if not (args.evaluate or args.transform) and (converted := find_converted(args.request)):
-        return None, converted
-    print("loading PyTorch ...", flush=True)  # it takes seconds
-    from networks import load_network
-
-    network = load_network(args.request, data is None or data.bundled, test_picture)
-    # again: only now is it known that a download failed, or that a size is the network's own
-    return network, find_converted(network.request, network)
-
-
 def get_converted(args, config, module_config, picture, names, data):
-    """(Network, Converted, Plan of the evaluation) of the network's file: a new one, or reused."""
-    network, converted = load(args, data, module_config.input_img)
-    args.preprocessing = get_preprocessing(network or converted, args)
-    references, plan = [], None
+    """(Network, Converted, Plan) of the network's file, a new one or reused.
+
+    Without an evaluation there is no Plan; and no Network if the file is found without PyTorch.
+    """
+    needs_network, network, plan = args.evaluate or args.transform, None, None
+    converted = None if needs_network else find_converted(args.request)
     if not converted:
+        print("loading PyTorch ...", flush=True)  # it takes seconds
+        from networks import load_network
+
+        network = load_network(args.request, data is None or data.bundled, module_config.input_img)
+        # again: only now is it known that a download failed, or that a size is the network's own
+        converted = find_converted(network.request, network)
+    args.preprocessing = get_preprocessing(network or converted, args)
+    if converted:
+        outputs = converted.outputs
+    else:
         blob = classification.get_blob(picture, network.preprocessing)
         references = get_references(network.model, blob)
-    outputs = converted.outputs if converted else references[0].logits.shape[1]
+        outputs = references[0].logits.shape[1]
     if args.evaluate:  # before the export, which takes longer
         plan = make_plan(network, data, outputs, config, args)
     elif args.classes and len(names) != outputs:
@@ -202,8 +194,7 @@ def get_converted(args, config, module_config, picture, names, data):
 def save_entry(args, converted, names, classes):
     """Write the entry that test mode or a conversion asks for; report what had to be assumed.
 
-    An evaluation by itself says what the file is, and leaves how an older entry has it used, unless
-    that doesn't fit any more. names: the lines of the file `classes`.
+    An evaluation alone keeps an older entry's use if it fits. names: the lines of `classes`.
     """
     only_evaluates, p, name = args.evaluate and not args.test, args.preprocessing, args.model_name
     own = [] if args.classes else converted.class_names

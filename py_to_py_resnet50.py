@@ -83,11 +83,10 @@ def print_prediction(framework, out, imagenet_labels):
 
 def main():
     parser = make_parser(__doc__)
+    picture = find_bundled(TestClsModuleConfig.input_img)
     text = "the picture that both networks classify (default: a bundled one)"
-    default = find_bundled(TestClsModuleConfig.input_img)
-    parser.add_argument("--input_img", default=default, metavar="FILE", help=text)
-    args = parser.parse_args()
-    input_img = get_preprocessed_img(args.input_img)
+    parser.add_argument("--input_img", default=picture, metavar="FILE", help=text)
+    input_img = get_preprocessed_img(parser.parse_args().input_img)
     imagenet_labels = get_imagenet_labels()
 
     # models.resnet50(weights="IMAGENET1K_V1").eval(), or with random weights if you are offline

@@ -1,7 +1,4 @@
-"""The rows of an evaluation in; its table, figures, log, chart and sheet out.
-
-All figures come from the table, pictures.csv, which has a row for each picture.
-"""
+"""The rows of an evaluation in; its table, and figures, log, chart and sheet of that, out."""
 
 import csv
 import io
@@ -176,8 +173,8 @@ def get_log_lines(table, classes):
 def write_results(folder, rows, total, names, about):
     """Write the table, log, JSON, chart and sheet into the folder; print and return the figures.
 
-    rows: of all `total` pictures, or of fewer: then the files' names begin with "partial_".
-    names: of the classes. about: what the summary says beside the figures.
+    With rows of fewer than `total` pictures, the files' names begin with "partial_". names: of the
+    classes. about: what the summary says beside the figures.
     """
     weights, classes = about["weights"], len(names)
     title = f"{about['name']}, {'RANDOM' if weights == RANDOM else weights} weights"
