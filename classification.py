@@ -1,10 +1,10 @@
-"""Classify pictures, folders, videos, URLs or a camera, with nothing but cv2 and NumPy.
+"""Classify pictures, folders, videos or a camera with an ONNX network, cv2 and NumPy alone.
 
     python classification.py --input resnet50.onnx cat.jpg --top_k 5
     python classification.py --input resnet50.onnx 0        # camera 0
     python classification.py resnet50 --input cat.jpg       # as models.yml says
 
-models.yml has an entry for NAME or the model file. Without one, pictures are
+NAME or the model file finds its entry in models.yml. Without one, pictures are
 prepared for torchvision's ImageNet networks: --resize 256, the centre 224x224;
 if you give --scale, --mean or --std, the rest is as in OpenCV's samples.
 
