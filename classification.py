@@ -1,19 +1,15 @@
-"""Classify pictures, folders, videos or a camera with a converted network.
-
-It needs nothing but cv2 and NumPy, so you can copy it anywhere by itself:
+"""Classify pictures, folders, videos or a camera with an ONNX network, cv2 and NumPy alone.
 
     python classification.py --input resnet50.onnx cat.jpg --top_k 5
     python classification.py --input resnet50.onnx 0        # camera 0
     python classification.py resnet50 --input cat.jpg       # as models.yml says
 
-A network's entry in models.yml is found by NAME or by the model file. Without
-one, pictures are prepared as torchvision's ImageNet networks expect them:
---resize 256, the centre 224x224. If you give --scale, --mean or --std,
-everything you leave out has the defaults of OpenCV's samples.
+NAME or the model file finds its entry in models.yml. Without one, pictures are
+prepared for torchvision's ImageNet networks: --resize 256, the centre 224x224;
+if you give --scale, --mean or --std, the rest is as in OpenCV's samples.
 
---resize makes the pixels of PyTorch's pipelines with Pillow 13. OpenCV decodes
-what Pillow does, except 16-bit grey pictures, RGBA TIFF and CMYK JPEG; this
-program turns pictures as their EXIF says, Pillow doesn't by itself.
+--resize makes Pillow 13's pixels, except of 16-bit grey, RGBA TIFF and CMYK
+JPEG; pictures are turned as their EXIF says, which Pillow alone doesn't do.
 """
 
 import argparse
@@ -37,8 +33,7 @@ BUNDLED_PICTURE = Path(__file__).resolve().parent / "test_data/cls/red_panda.jpg
 ZOO_NAME = "models.yml"
 ZOO_SAMPLE = "classification"  # the `sample` of the entries that are for this program
 
-# What torchvision's ImageNet networks expect, with pixel values from 0 to 255; a test compares it
-# with default_preprocess_config.py. https://docs.pytorch.org/vision/stable/models.html
+# What torchvision's ImageNet networks expect: https://docs.pytorch.org/vision/stable/models.html
 TORCHVISION = {
     "scale": 1 / 255, "mean": [123.675, 116.28, 103.53], "std": [0.229, 0.224, 0.225],
     "rgb": True, "crop": True, "width": 224, "height": 224,
@@ -48,16 +43,14 @@ TORCHVISION = {
 BLOBS = ("crop", "initial_width", "initial_height")  # OpenCV's options for the blob's size
 PILLOWS = ("resize", "interpolation", "center")  # PyTorch's
 
-# Pillow's filters: how far they reach, px, and the weight of a pixel at a distance, px.
-# https://github.com/python-pillow/Pillow/blob/main/src/libImaging/Resample.c
+# Pillow's filters (its Resample.c): their reach, px, and the weight of a pixel at a distance, px
 FILTERS = {
     "bilinear": (1, lambda x: 1 - x),
     "bicubic": (2, lambda x: np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((5 - x) * x - 8) * x / 2 + 2)),  # noqa: E501
     "lanczos": (3, lambda x: np.sinc(x) * np.sinc(x / 3)),
 }  # fmt: skip
-# albumentations', and those of torch's tensors without antialias
 CV2S = {"cv2-linear": cv2.INTER_LINEAR, "cv2-cubic": cv2.INTER_CUBIC, "cv2-area": cv2.INTER_AREA}
-INTERPOLATIONS = (*FILTERS, "nearest", "nearest-exact", *CV2S)  # Pillow's nearest; torch's
+INTERPOLATIONS = (*FILTERS, "nearest", "nearest-exact", *CV2S)  # of Pillow, torch, albumentations
 CENTERS = ("round", "floor", "first")
 
 RANDOM, RANDOM_SUFFIX = "random", "-random"  # an entry's `weights`; the end of a file's name
@@ -93,8 +86,7 @@ class InputError(RequestError):
 def run(main):
     """Call `main` and exit with its code. An error is one line on stderr."""
     if "OPENCV_LOG_LEVEL" not in os.environ:  # OpenCV's own log of errors that are reported below
-        set_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # 4.10, 5.0
-        set_level(0)  # silent
+        getattr(cv2.utils, "logging", cv2).setLogLevel(0)  # silent; of 5.0, 4.10
         # and FFmpeg, which replaces OpenCV's own MJPEG: that one prints what it can't read
         os.environ |= {"OPENCV_FFMPEG_LOGLEVEL": "-8", "OPENCV_VIDEOIO_PRIORITY_CV_MJPEG": "0"}
     if sys.stdout:  # None if it is closed; names that its encoding lacks are written as \u...
@@ -171,9 +163,9 @@ def non_zero(text):
 
 
 def positive_int(text):
-    """A whole number from 1 to 999999999."""
-    if not 0 < int(text) < 10**9:
-        raise ValueError
+    """A whole number from 1 to 8192: for more pixels, Linux would kill the program."""
+    if not 0 < int(text) <= 8192:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 8192, not {text}")
     return int(text)
 
 
@@ -182,20 +174,21 @@ def get_parser():
     add = parser.add_argument
     add("alias", nargs="?", metavar="NAME", help="entry of models.yml; options win over it")
     add("--zoo", metavar="FILE", help="the file with the entries [models/models.yml or models.yml]")
-    text = "the .onnx model, pictures, folders, videos, URLs, cameras [a bundled picture]"
-    add("--input", nargs="+", action="extend", default=[], metavar="FILE", help=text)
+    add("--input", nargs="+", action="extend", default=[], help="the model, pictures, videos ...")
     add("--model", metavar="FILE", help="the model, if it isn't among --input")
     add("--config", type=check_name, metavar="FILE", help="a Caffe model's .prototxt, in OpenCV 4")
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
     add("--top_k", type=positive_int, default=1, metavar="K", help="answers per picture [1]")
     add("--output", metavar="PATH", help="file, folder/ or none [results, but no shown video]")
     add("--show", type=boolean, default=True, metavar="BOOL", help="in a window, if it can [True]")
+    add("--engine", choices=[*ENGINES, "auto"], help="OpenCV 5's new, 4's classic [auto]")
+    add("--backend", choices=BACKENDS, default="default", help="any other: on the classic engine")
+    add("--target", choices=TARGETS, default="cpu", help="the same [cpu]")
     add = parser.add_argument_group("size, as PyTorch's pipelines make it").add_argument
     size = {"type": positive_int, "metavar": "PX"}
     add("--resize", **size, nargs="+", default=[], help="shorter side, or width and height [none]")
     add("--interpolation", choices=INTERPOLATIONS, default="bilinear", help="[bilinear]")
-    text = "where to cut: torchvision's round, transformers' floor, or before the resize [round]"
-    add("--center", choices=CENTERS, default="round", help=text)
+    add("--center", choices=CENTERS, default="round", help="where to cut; first: before resizing")
     add = parser.add_argument_group("preprocessing, of blobFromImage").add_argument
     add("--scale", type=non_zero, default=1.0, help="multiply by this, after the mean [1.0]")
     add("--mean", type=finite, nargs=3, default=[0.0] * 3, help="subtract; R G B if --rgb [0 0 0]")
@@ -203,14 +196,9 @@ def get_parser():
     switch = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
     add("--rgb", **switch, help="swapRB: the network takes RGB, OpenCV reads BGR [False]")
     add("--crop", **switch, help="scale the shorter side to the blob, cut off the rest [False]")
-    add("--width", **size, default=224, help="width of the blob [224]")
-    add("--height", **size, default=224, help="height of the blob [224]")
-    add("--initial_width", **size, help="resize the picture to this width first [no resize]")
-    add("--initial_height", **size, help="resize the picture to this height first [no resize]")
-    add = parser.add_argument_group("inference").add_argument
-    add("--engine", choices=[*ENGINES, "auto"], help="OpenCV 5's new, 4's classic [auto]")
-    add("--backend", choices=BACKENDS, default="default", help="any other: on the classic engine")
-    add("--target", choices=TARGETS, default="cpu", help="the same [cpu]")
+    for side in ("width", "height"):
+        add(f"--{side}", **size, default=224, help=f"{side} of the blob [224]")
+        add(f"--initial_{side}", **size, help=f"resize the picture to this {side} first [none]")
     return parser
 
 
@@ -219,23 +207,21 @@ def get_args():
     parser = get_parser()
     args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(TORCHVISION)))
     given = {k: v for k, v in vars(args).items() if v is not None}  # without the defaults
-    models = [item for item in args.input if item.lower().endswith(".onnx")]
-    models += [args.model] if args.model else []
+    models = [args.model] if args.model else [f for f in args.input if f.lower().endswith(".onnx")]
     if len(models) > 1 or not (models or args.alias):
         raise RequestError(f"{len(models)} models: name one .onnx file, --input MODEL.onnx PICTURE")
     zoo, name, entry = find_entry(args.alias, args.zoo, *models)
     values = entry or ({} if given.keys() & {"scale", "mean", "std"} else TORCHVISION)
     unwanted = PILLOWS if given.keys() & BLOBS else ()
+    values = {k: v for k, v in values.items() if k not in unwanted and v not in (None, [], "")}
     options = [""]  # NAME's place, which the fourth number of a mean would take
     for key, value in sorted(values.items()):  # labels win over classes
-        if key in unwanted or value in (None, []):
-            continue
         if key in ("mean", "std", "resize") and isinstance(value, list):
             # argparse would take -1e-05 for an option, but nothing that begins with a space
             options += [f"--{key}", *(f" {v}" for v in value)]
         elif key in TORCHVISION:
             options.append(f"--{key}={value}")
-        elif key in ("model", "config", "classes", "labels") and value:
+        elif key in ("model", "config", "classes", "labels"):
             options.append(f"--{key}={find_file(value, entry, zoo.parent)}")
     parser.prog = f"{zoo}: {name}"  # only its options can still be wrong
     args = parser.parse_args(options)
@@ -265,17 +251,12 @@ def scale_resize(resize, before, after):
 
 def check_preprocessing(p, given=()):
     """RequestError for options that would be wrong without a word; given: on the command line."""
-    if "resize" in given and {*given} & {*BLOBS}:
-        raise RequestError("--resize is another way than --crop and --initial_*: leave one out")
-    if not p.resize and {*given} & {*PILLOWS}:
-        raise RequestError("--interpolation and --center are options of --resize: give it, too")
+    if unused := {*given} & {*(BLOBS if p.resize else PILLOWS)}:
+        raise RequestError(f"--{min(unused)}: not {'with' if p.resize else 'without'} --resize")
     if (p.initial_width is None) != (p.initial_height is None):
         raise RequestError("--initial_width and --initial_height go together")
     if len(p.resize) > 2:
         raise RequestError("--resize takes the shorter side, or a width and a height")
-    side = max(filter(None, [p.width, p.height, p.initial_width, p.initial_height, *p.resize]))
-    if side > 2**13:  # Linux would kill the program once the memory is full
-        raise RequestError(f"--width, --height, --resize: 8192 pixels at most, not {side}")
     if p.center == "first" and [*p.resize] != [p.width, p.height]:
         raise RequestError(f"--center first needs --resize {p.width} {p.height}, the blob's size")
     if 0 < max(map(abs, p.mean)) <= 1 and abs(p.scale) < 0.1:
@@ -297,24 +278,21 @@ def find_entry(alias, zoo, model=None):
             if wanted == (name if alias else entry.get("model")):
                 return path, name, entry
             names.append(name)
-    where = zoo or ", ".join(map(str, paths)) or ZOO_NAME
+    problem = f"no entry '{wanted}' in {zoo or ', '.join(map(str, paths)) or ZOO_NAME}"
     if alias or zoo:
         known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
-        raise RequestError(f"no entry '{wanted}' in {where}: {known} (pictures go after --input)")
+        raise RequestError(f"{problem}: {known} (pictures go after --input)")
     if paths:
-        note = f"{where} has no entry for {wanted}: assuming the preprocessing below"
-        print(f"NOTE: {note}, and no class names but those of --classes", file=sys.stderr)
+        print(f"NOTE: {problem}: assuming the preprocessing below, no names", file=sys.stderr)
     return Path(), "", {}
 
 
 def find_file(name, entry, folder=""):
-    """The path of a file in `folder`, in the current one, or where OpenCV's samples look for it."""
-    # https://github.com/opencv/opencv/blob/5.x/samples/dnn/common.py
-    info = entry.get("load_info")
-    sha1 = info.get("sha1", "") if isinstance(info, dict) else ""
+    """Its path in `folder`, in the current one, or where OpenCV's samples/dnn/common.py looks."""
+    sha1 = re.findall("[0-9a-f]{40}", str(entry.get("load_info")))
     variables = ("DOWNLOAD_CACHE_DIR", "SAMPLES_DATA_PATH", "DNN_TEST_DATA_PATH", "TEST_DATA_PATH")
     found = [os.environ[f"OPENCV_{v}"] for v in variables if os.environ.get(f"OPENCV_{v}")]
-    folders = [folder, "", *(Path(f, end) for f in found for end in (str(sha1), "", "dnn"))]
+    folders = [folder, "", *(Path(f, end) for f in found for end in (*sha1, "", "dnn"))]
     paths = (os.path.normpath(Path(folder, str(name))) for folder in folders)
     return next(filter(os.path.exists, paths), str(name))
 
@@ -397,8 +375,7 @@ def read_frames(name, kind):
         ms = capture.get(cv2.CAP_PROP_POS_MSEC)  # after the last frame it would be 0
         yield f"{name}, frame {number}", got[1], rate if 0 < rate <= 1000 else 25
     if not number:
-        problem = f"{name}: truncated, or not a picture or video that OpenCV can read"
-        raise InputError(f"camera {name}: not there?" if name.isdecimal() else problem)
+        raise InputError(f"{name}: truncated, or not a picture or video or camera OpenCV can read")
     # promised is duration x rate in some files, too many if the rate varies; below 0 in streams
     if number < 0.95 * promised and ms * rate < 950 * promised:
         raise InputError(f"{name}: truncated: {number} of {promised:.0f} frames can be read")
@@ -420,38 +397,34 @@ def read_picture(path):
 
 
 def read_net(args):
-    """cv2.dnn.Net of the model file, on the engine, backend and target of the command line."""
+    """cv2.dnn.Net of the model file, on the engine, backend and target of options or entry."""
     backend, target = BACKENDS[args.backend], TARGETS[args.target]
+    options = f"--target {args.target} on --backend {args.backend}"
     if target not in cv2.dnn.getAvailableTargets(backend):  # OpenCV would silently use the CPU
-        raise RequestError(f"this OpenCV has no --target {args.target} on --backend {args.backend}")
+        raise RequestError(f"this OpenCV has no {options}")
     # only our own: OpenCV's entry of googlenet, for instance, has the hash of an empty file
     if "made_from" in args.entry and get_load_info(args.model) != args.entry.get("load_info"):
         raise RequestError(f"{args.model}: missing, or changed (by its SHA-1); convert it again")
+    verified = re.findall(r"\w+", str(args.entry.get("engines", "auto")))
+    wanted = [args.engine or args.entry.get("engine", "auto"), *verified]
+    hint = "convert it again with this OpenCV"
+    if (args.backend, args.target) != ("default", "cpu"):
+        wanted, hint = ["classic"], f"{options} needs it; --engine new alone doesn't"
+    known = [engine for engine in wanted if engine in (*ENGINES, "auto") or not ENGINES]
+    missing = f"this OpenCV has no {wanted[0]} engine for {Path(args.model).name}"
+    if not known:
+        raise RequestError(f"{missing}: {hint}")
+    if known[0] != wanted[0]:
+        print(f"NOTE: {missing}: taking {known[0]}", file=sys.stderr)
+    engine = [ENGINES[known[0]]] if known[0] in ENGINES else []  # OpenCV's default
     try:
-        net = cv2.dnn.readNet(check_name(args.model), args.config or "", "", *choose_engine(args))
+        net = cv2.dnn.readNet(check_name(args.model), args.config or "", "", *engine)
     except cv2.error as error:
         problem = f"no such file, truncated, or not ONNX: {one_line(error)}"
         raise RequestError(f"{args.model}: {problem}") from None
     net.setPreferableBackend(backend)
     net.setPreferableTarget(target)
     return net
-
-
-def choose_engine(args):
-    """[the engine for readNet], an entry's first that this OpenCV has; [] for OpenCV's default."""
-    user, hint = Path(args.model).name, "convert it again with this OpenCV"
-    verified = re.findall(r"\w+", str(args.entry.get("engines", "auto")))
-    wanted = [args.engine or args.entry.get("engine", "auto"), *verified]
-    if (args.backend, args.target) != ("default", "cpu"):
-        user, hint = f"--backend {args.backend} --target {args.target}", "take --engine new alone"
-        wanted = ["classic"]
-    known = [engine for engine in wanted if engine in (*ENGINES, "auto") or not ENGINES]
-    missing = f"this OpenCV has no {wanted[0]} engine for {user}"
-    if not known:
-        raise RequestError(f"{missing}: {hint}")
-    if known[0] != wanted[0]:
-        print(f"NOTE: {missing}: taking {known[0]}", file=sys.stderr)
-    return [ENGINES[known[0]]] if known[0] in ENGINES else []
 
 
 def get_load_info(model):
@@ -463,8 +436,7 @@ def get_load_info(model):
 def get_blob(picture, p):
     """float32 blob of shape (1, 3, height, width) from a uint8 BGR picture (height, width, 3).
 
-    (picture - mean) * scale / std, with p.mean and so on, named as the options; p.std and p.resize
-    may be empty. Without p.resize, p.crop scales the picture's shorter side to the blob.
+    (picture - mean) * scale / std; p has the options' names, and p.std and p.resize may be empty.
     """
     # float before cv2's resize: rounding to uint8 after it would shift the logits by about 0.01
     picture = (get_centre(picture, p) if p.resize else picture).astype(np.float32)
@@ -616,8 +588,7 @@ def get_output_paths(sources, args, window):
             suffix = Path(name).suffix if Path(name).suffix.lower() in suffixes else suffixes[0]
             path /= get_result_name(name, f"_{Path(args.model).stem}{suffix}")
         if kind and path.suffix.lower() not in suffixes:
-            problem = f"a {kind} needs {' or '.join(suffixes)}, a folder a slash at its end"
-            raise RequestError(f"{name}: --output {path}: {problem}")
+            raise RequestError(f"{path}: a {kind} needs {' or '.join(suffixes)}, a folder a slash")
         while os.path.realpath(path).lower() in taken:
             path = path.with_stem(f"{path.stem}_{number}")
         taken.add(os.path.realpath(path).lower())
@@ -627,8 +598,7 @@ def get_output_paths(sources, args, window):
 
 def get_result_name(name, end):
     """The name of an input's result, at most 240 bytes; without a stream's query and password."""
-    if "://" in name:
-        name = re.sub(r"^.*?://([^/]*@)?|[?#\s].*", "", name)
+    name = re.sub(r"(?s)^.*?://([^/]*@)?([^?#\s]*).*", r"\2", name)
     stem = os.fsencode(Path(name).stem)[: 240 - len(os.fsencode(end))]
     return stem.decode("utf-8", "ignore") + end
 
@@ -671,12 +641,11 @@ def save(frames, path):
 
 def has_display():
     """Whether a window can be shown."""
-    if sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
-        return False
+    has_server = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
     # a child process tries: Qt would abort, https://github.com/opencv/opencv/issues/13682
     probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
     with contextlib.suppress(subprocess.TimeoutExpired):
-        return subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
+        return has_server and not subprocess.run(probe, capture_output=True, timeout=10).returncode
     return False
 
 

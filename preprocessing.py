@@ -18,8 +18,6 @@ from common import Preprocessing
 
 GREY = np.float32([0.299, 0.587, 0.114])  # of R, G, B: Pillow's, from ITU-R BT.601
 
-RAMP = (480, 640)  # (height, width), px
-
 
 @dataclass
 class Measured:
@@ -163,12 +161,12 @@ def measure_colours(transform):
 
 
 def measure_sides(measured):
-    """[widths, heights] that a picture of RAMP's size may be resized to, px, the likely first."""
-    found = []
+    """[widths, heights] that a picture of 640x480 px may be resized to, px, the likely first."""
+    found, shape = [], (480, 640)
     # the noise spreads the ramp's rounding, and the mean over the other axis takes it out
-    noise = np.random.default_rng(0).random(RAMP)
+    noise = np.random.default_rng(0).random(shape)
     for axis in (1, 0):  # from left to right, from top to bottom
-        ramp = np.linspace(0, 254, RAMP[axis])
+        ramp = np.linspace(0, 254, shape[axis])
         picture = np.floor(np.expand_dims(ramp, 1 - axis) + noise).astype(np.uint8)
         result = run_transform(measured.transform, np.repeat(picture[..., None], 3, axis=2))
         line = (result / measured.gain).mean(axis=(0, 2 - axis))
@@ -176,7 +174,7 @@ def measure_sides(measured):
         slope = np.polyfit(np.arange(len(line)), line, 1)[0] if len(line) > 1 else 0
         if not slope > 0:
             raise ValueError("it mirrors or turns the picture, makes it one colour, or 1 px small")
-        side = round(254 / slope * RAMP[axis] / (RAMP[axis] - 1))
+        side = round(254 / slope * shape[axis] / (shape[axis] - 1))
         reach = int(1 + 0.002 * side**2 / len(line) ** 1.5)  # how far that may be off
         found.append([side + i for i in sorted(range(-reach, reach + 1), key=abs)])
     return found
