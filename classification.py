@@ -4,12 +4,12 @@
     python classification.py --input resnet50.onnx 0        # camera 0
     python classification.py resnet50 --input cat.jpg       # as models.yml says
 
-NAME or the model file finds its entry in models.yml. Without one, pictures are
+NAME, or the model file, has an entry in models.yml. Without one, pictures are
 prepared for torchvision's ImageNet networks: --resize 256, the centre 224x224;
 if you give --scale, --mean or --std, the rest is as in OpenCV's samples.
 
---resize makes Pillow 13's pixels, except of 16-bit grey, RGBA TIFF and CMYK
-JPEG; pictures are turned as their EXIF says, which Pillow alone doesn't do.
+--resize makes the pixels of Pillow 13, except of 16-bit grey, RGBA TIFF and
+CMYK JPEG. EXIF turns pictures here, which Pillow doesn't do by itself.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def non_zero(text):
 
 
 def positive_int(text):
-    """A whole number from 1 to 8192: for more pixels, Linux would kill the program."""
+    """A whole number from 1 to 8192: pictures that are larger would fill the memory."""
     if not 0 < int(text) <= 8192:
         raise argparse.ArgumentTypeError(f"must be from 1 to 8192, not {text}")
     return int(text)
@@ -174,7 +174,7 @@ def get_parser():
     add = parser.add_argument
     add("alias", nargs="?", metavar="NAME", help="entry of models.yml; options win over it")
     add("--zoo", metavar="FILE", help="the file with the entries [models/models.yml or models.yml]")
-    add("--input", nargs="+", action="extend", default=[], help="the model, pictures, videos ...")
+    add("--input", nargs="+", action="extend", default=[], help="model, pictures, videos, URLs ...")
     add("--model", metavar="FILE", help="the model, if it isn't among --input")
     add("--config", type=check_name, metavar="FILE", help="a Caffe model's .prototxt, in OpenCV 4")
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
@@ -252,7 +252,7 @@ def scale_resize(resize, before, after):
 def check_preprocessing(p, given=()):
     """RequestError for options that would be wrong without a word; given: on the command line."""
     if unused := {*given} & {*(BLOBS if p.resize else PILLOWS)}:
-        raise RequestError(f"--{min(unused)}: not {'with' if p.resize else 'without'} --resize")
+        raise RequestError(f"--{min(unused)} {'excludes' if p.resize else 'needs'} --resize")
     if (p.initial_width is None) != (p.initial_height is None):
         raise RequestError("--initial_width and --initial_height go together")
     if len(p.resize) > 2:
@@ -283,7 +283,7 @@ def find_entry(alias, zoo, model=None):
         known = f"only {', '.join(names)}" if names else "convert the network, or set --zoo"
         raise RequestError(f"{problem}: {known} (pictures go after --input)")
     if paths:
-        print(f"NOTE: {problem}: assuming the preprocessing below, no names", file=sys.stderr)
+        print(f"NOTE: {problem}: assuming the preprocessing below, and no names", file=sys.stderr)
     return Path(), "", {}
 
 
@@ -339,12 +339,10 @@ def read_lines(path):
 
 
 def expand_sources(names):
-    """Yield (name, kind) of each input; a folder stands for its pictures."""
+    """Yield (name, kind) of each input; a folder stands for its pictures, without hidden ones."""
     for name in names:
-        files = [name]
-        if os.path.isdir(name):
-            files = [f for f in os.listdir(name) if f.lower().endswith(PICTURES) and f[0] != "."]
-            files = [os.path.join(name, file) for file in sorted(files)]
+        files = sorted(map(str, Path(name).glob("[!.]*"))) if os.path.isdir(name) else [name]
+        files = [file for file in files if file.lower().endswith(PICTURES) or file == name]
         if not files:
             raise RequestError(f"{name}: no picture in this folder")
         yield from ((file, get_kind(file)) for file in files)
@@ -375,7 +373,7 @@ def read_frames(name, kind):
         ms = capture.get(cv2.CAP_PROP_POS_MSEC)  # after the last frame it would be 0
         yield f"{name}, frame {number}", got[1], rate if 0 < rate <= 1000 else 25
     if not number:
-        raise InputError(f"{name}: truncated, or not a picture or video or camera OpenCV can read")
+        raise InputError(f"{name}: truncated, or not a picture, video or camera OpenCV can read")
     # promised is duration x rate in some files, too many if the rate varies; below 0 in streams
     if number < 0.95 * promised and ms * rate < 950 * promised:
         raise InputError(f"{name}: truncated: {number} of {promised:.0f} frames can be read")
@@ -588,7 +586,8 @@ def get_output_paths(sources, args, window):
             suffix = Path(name).suffix if Path(name).suffix.lower() in suffixes else suffixes[0]
             path /= get_result_name(name, f"_{Path(args.model).stem}{suffix}")
         if kind and path.suffix.lower() not in suffixes:
-            raise RequestError(f"{path}: a {kind} needs {' or '.join(suffixes)}, a folder a slash")
+            needed = f"a {kind} needs {' or '.join(suffixes)}, a folder a slash at its end"
+            raise RequestError(f"--output {path}: {needed}")
         while os.path.realpath(path).lower() in taken:
             path = path.with_stem(f"{path.stem}_{number}")
         taken.add(os.path.realpath(path).lower())

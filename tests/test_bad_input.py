@@ -67,7 +67,7 @@ def bad(model, tmp_path_factory):
         *((f"MODEL BAD/half.{end}", f"half.{end}: ") for end in ("bmp", "webp", "tif", "gif")),
         *((f"MODEL BAD/page.{end}", f"page.{end} ... not a picture") for end in ("jpg", "png")),
         ("MODEL BAD/note.txt", "note.txt ... not a picture"),
-        ("MODEL BAD/long.txt", "long.txt ... not a picture or video"),  # of FFmpeg's letters
+        ("MODEL BAD/long.txt", "long.txt ... not a picture, video"),  # of FFmpeg's letters
         ("MODEL BAD/empty", "empty: no picture"),
         ("MODEL BAD/float.tiff", "float.tiff: ... as 8 bits"),
         ("MODEL 0", "0: truncated, or not ... camera"),
@@ -102,10 +102,10 @@ def bad(model, tmp_path_factory):
         ("MODEL KOALA --scale inf", "--scale: invalid non_zero value: 'inf'"),
         ("MODEL KOALA --width 0", "--width"),
         ("MODEL KOALA --initial_width 256", "go together"),
-        ("MODEL KOALA --resize 256 --crop True", "--crop: not with --resize"),
+        ("MODEL KOALA --resize 256 --crop True", "--crop excludes --resize"),
         ("MODEL KOALA --resize 1 2 3", "--resize takes the shorter side"),
         ("MODEL KOALA --resize 256 --center first", "--center first needs --resize 224 224"),
-        ("MODEL KOALA --crop --interpolation bicubic", "--interpolation: not without"),
+        ("MODEL KOALA --crop --interpolation bicubic", "--interpolation needs --resize"),
         ("MODEL KOALA --mean 0.5 0.5 0.5 --scale 0.0039", "give --mean 127.5 127.5 127.5"),
         ("MODEL KOALA --crop maybe", "--crop: invalid boolean value: 'maybe'"),
         ("MODEL KOALA --top_k 0", "--top_k"),

@@ -247,7 +247,7 @@ def test_no_results(classify, folder):
     assert [p.name for p in folder.iterdir()] == ["in.avi"]
     get_output(classify(KOALA, "--output", "2024.05.01/"))
     assert (folder / "2024.05.01" / "koala_small.jpg").is_file()
-    check_one_line(classify(KOALA, "--output", "2024.05.02"), "a folder a slash")
+    check_one_line(classify(KOALA, "--output", "2024.05.02"), "a folder a slash at its end")
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
@@ -471,7 +471,7 @@ def test_a_truncated_video_is_said(run, model, folder, name, keep):
     (folder / name).write_bytes(data[: int(keep * len(data))])
     result = run("classification.py", "--input", model, name)
     if name == "in.mp4":  # its index is at the end
-        check_one_line(result, "in.mp4: truncated, or not a picture or video")
+        check_one_line(result, "in.mp4: truncated, or not a picture, video or camera")
         return
     capture = cv2.VideoCapture(str(folder / "results" / "in_small.avi"))
     saved = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
@@ -529,7 +529,7 @@ def test_a_video_of_any_name(classify, folder):
     assert "img_%03d.png, frame 1:" in get_output(classify("img_%03d.png"))
     capture = cv2.VideoCapture(str(folder / "results" / "img_%03d_small.mp4"))
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 3
-    check_one_line(classify("no_%03d.png"), "no_%03d.png: truncated, or not a picture or video")
+    check_one_line(classify("no_%03d.png"), "no_%03d.png: truncated, or not a picture, video")
 
 
 @pytest.fixture
@@ -554,7 +554,7 @@ def test_a_stream(start, model, folder, server):
     capture = cv2.VideoCapture(str(folder / "results" / "in_small.mp4"))
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 6
     result = start("classification.py", "--input", model, f"{server}/nope.avi", KOALA)
-    check_one_line(result, "/nope.avi: truncated, or not a picture or video", code=1)
+    check_one_line(result, "/nope.avi: truncated, or not a picture, video or camera", code=1)
 
 
 @pytest.mark.parametrize(
