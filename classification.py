@@ -4,12 +4,12 @@
     python classification.py --input resnet50.onnx 0        # camera 0
     python classification.py resnet50 --input cat.jpg       # as models.yml says
 
-NAME, or the model file, has an entry in models.yml. Without one, pictures are
-prepared for torchvision's ImageNet networks: --resize 256, the centre 224x224;
-if you give --scale, --mean or --std, the rest is as in OpenCV's samples.
+Settings are those of NAME or of the model file in models.yml. Without either,
+pictures are prepared for torchvision's ImageNet networks: --resize 256, the
+centre 224x224; but with --scale, --mean or --std the defaults below apply.
 
 --resize makes the pixels of Pillow 13, except of 16-bit grey, RGBA TIFF and
-CMYK JPEG. EXIF turns pictures here, which Pillow doesn't do by itself.
+CMYK JPEG. Pictures are turned as EXIF says; Pillow alone doesn't do that.
 """
 
 import argparse
@@ -179,16 +179,16 @@ def get_parser():
     add("--config", type=check_name, metavar="FILE", help="a Caffe model's .prototxt, in OpenCV 4")
     add("--classes", "--labels", metavar="FILE", help="text file of class names, one per line")
     add("--top_k", type=positive_int, default=1, metavar="K", help="answers per picture [1]")
-    add("--output", metavar="PATH", help="file, folder/ or none [results, but no shown video]")
-    add("--show", type=boolean, default=True, metavar="BOOL", help="in a window, if it can [True]")
-    add("--engine", choices=[*ENGINES, "auto"], help="OpenCV 5's new, 4's classic [auto]")
-    add("--backend", choices=BACKENDS, default="default", help="any other: on the classic engine")
-    add("--target", choices=TARGETS, default="cpu", help="the same [cpu]")
+    add("--output", metavar="PATH", help="file, folder/ or none [results/; shown video: none]")
+    add("--show", type=boolean, default=True, metavar="BOOL", help="in a window, if any [True]")
+    add("--engine", choices=[*ENGINES, "auto"], help="classic: OpenCV 4's [entry's, or auto]")
+    add("--backend", choices=BACKENDS, default="default", help="others: classic engine [default]")
+    add("--target", choices=TARGETS, default="cpu", help="others: classic engine [cpu]")
     add = parser.add_argument_group("size, as PyTorch's pipelines make it").add_argument
     size = {"type": positive_int, "metavar": "PX"}
     add("--resize", **size, nargs="+", default=[], help="shorter side, or width and height [none]")
     add("--interpolation", choices=INTERPOLATIONS, default="bilinear", help="[bilinear]")
-    add("--center", choices=CENTERS, default="round", help="where to cut; first: before resizing")
+    add("--center", choices=CENTERS, default="round", help="how to cut; first: at first [round]")
     add = parser.add_argument_group("preprocessing, of blobFromImage").add_argument
     add("--scale", type=non_zero, default=1.0, help="multiply by this, after the mean [1.0]")
     add("--mean", type=finite, nargs=3, default=[0.0] * 3, help="subtract; R G B if --rgb [0 0 0]")

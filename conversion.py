@@ -126,7 +126,8 @@ def rewrite(path, allow_branches=False):
     proto = onnx.load(path)
     branches = {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan"}
     if branches and not allow_branches:
-        problem = f"the graph branches ({', '.join(branches)}), and only one side can be verified"
+        problem = f"the graph branches ({', '.join(branches)}: is it scripted?)"
+        problem += ", and only one side can be verified"
         raise RequestError(f"{problem}: use torch.where instead; {ANYWAY}")
     for value in (proto.graph.input[0], proto.graph.output[0]):
         if not value.type.tensor_type.shape.dim[0].dim_param:

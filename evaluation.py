@@ -2,7 +2,7 @@
 
 Each evaluation has a folder of its own, logs/NAME_SET_HASH; the hash is of all that the figures
 depend on. While it runs, the rows of each batch are kept there: a run that was killed and resumed
-ends with the figures of one that was never stopped, and several processes with those of one.
+ends with the figures of one that was never stopped, as several processes do with a single one's.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def get_key(network, converted, data, plan):
     pictures = []
     for name, label in data.pictures:
         path = os.path.join(data.root, name)
-        # not the pixels, which takes as long as decoding; nobody can set st_ctime_ns back
+        # not the pixels: that is as slow as decoding them; nobody can set st_ctime_ns back
         s = os.stat(path) if os.path.isfile(path) else None
         pictures.append((name, label, s and (s.st_size, s.st_mtime_ns, s.st_ctime_ns)))
     versions = {name: version(name) for name in ("torch", "torchvision", "numpy")}
@@ -115,7 +115,7 @@ def write_batch(folder, rows):
 
 
 def gather_batches(folder):
-    """{number of a batch: its rows} of those that all processes have kept, in order."""
+    """{batch: its rows} of what all processes have kept, in order."""
     found = {}
     for path in folder.glob("*.json"):
         number, _, checksum = path.stem.partition("-")
@@ -126,7 +126,7 @@ def gather_batches(folder):
 
 
 def resume(batches, total, is_wanted):
-    """What a stopped run has left in the folder of its batches; none if it isn't wanted."""
+    """{batch: its rows} that a stopped run has left; removes them if they aren't wanted."""
     folder = batches.parent
     others = folder.parent.glob(f"{folder.name[:-12]}{'?' * 12}/{batches.name}")
     if others := sorted({*others} - {batches}):
@@ -174,7 +174,7 @@ def evaluate(network, converted, data, plan, resumes=True):
     rows = [row for rows in gather_batches(kept).values() for row in rows]
     if not interrupted and len(rows) < total:
         problem = f"{folder}: the rows of {total - len(rows)} pictures are gone"
-        raise RequestError(f"{problem}: another run of the same command has ended; repeat it")
+        raise RequestError(f"{problem}: another run of this command has removed them; repeat it")
     if not interrupted and all(row.skipped for row in rows):
         raise RequestError(f"none of the {total} pictures can be read: {rows[0].skipped}")
     if RANK == 0 and not all(row.skipped for row in rows):

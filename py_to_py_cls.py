@@ -51,7 +51,7 @@ def get_parser():
     add("--test", default=False, **yes_no, help="test mode: classification.py with one picture")
     add("--evaluate", **yes_no, help="evaluation mode: labelled pictures (default: unless --test)")
     add("--weights", default="", metavar="W",
-        help="IMAGENET1K_V1 ..., a checkpoint file, or 'random' (default: those it comes with)")
+        help="IMAGENET1K_V1 ..., a checkpoint file, or 'random' (default: the network's own)")
     add("--weights_key", default="", metavar="KEY",
         help="a state dict in the file, model_ema for instance (default: the first that fits)")
     add("--allow_branches", default=False, **yes_no,
@@ -59,10 +59,10 @@ def get_parser():
     add("--transform", default="", type=model_name, metavar="MODULE:NAME",
         help="your validation transform, PIL picture to tensor (default: the library's)")
     add("--default_img_preprocess", default=True, **yes_no,
-        help="test mode: as the network wants it; False: by the defaults below (default: True)")
+        help="both modes: as the network wants it; False: by the defaults below (default: True)")
     add("--preprocess", choices=["own", "tutorial", "transform"], default="own",
-        help="evaluation mode: as the network wants it; the centre of 256x256 pixels, as in the "
-        "tutorial; or PyTorch's by the transform, OpenCV's by ours (default: own)")
+        help="evaluation mode: own, as the network wants it; tutorial, the centre of 256x256; "
+        "transform, PyTorch's pictures by its own transform, OpenCV's as deployed (default: own)")
     add("--engine", choices=["auto", *EACH_ENGINE], default="auto",
         help="evaluation mode: OpenCV's engine (default: auto, the fastest correct one)")
     add("--resume", default=True, **yes_no, help="continue a stopped evaluation (default: True)")
@@ -107,7 +107,7 @@ def check_given(args):
     if is_tutorial and others and not args.test:
         raise RequestError(f"--preprocess tutorial has its own centre: leave out {min(others)}")
     if "--resize" in given and given & {"--crop", *initial}:
-        raise RequestError("--resize is another way than --crop and --rsz_*: leave one out")
+        raise RequestError("--resize excludes --crop and --rsz_*: leave one out")
 
 
 def get_preprocessing(about, args):
@@ -194,7 +194,7 @@ def get_converted(args, config, module_config, picture, names, data):
 def save_entry(args, converted, names, classes):
     """Write the entry that test mode or a conversion asks for; report what had to be assumed.
 
-    An evaluation alone keeps an older entry's use if it fits. names: the lines of `classes`.
+    An evaluation alone keeps an older entry's settings. names: the lines of `classes`.
     """
     only_evaluates, p, name = args.evaluate and not args.test, args.preprocessing, args.model_name
     own = [] if args.classes else converted.class_names

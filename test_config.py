@@ -30,9 +30,9 @@ class TestClsConfig:
     __test__ = False  # the name is the tutorial's; pytest must not collect it
 
     batch_size: int = option(50, "pictures in one forward pass", positive_int)
-    frame_size: int = option(None, "width and height of the blob, px", positive_int)
+    frame_size: int = option(None, "sides of the blob, px; none: the network's", positive_int)
     img_root_dir: str = option(IMAGENET_VAL_DIR, "folder of the labelled pictures")
-    img_cls_file: str = option("./val.txt", "their labels; or val.txt or val.csv beside them")
+    img_cls_file: str = option("./val.txt", "the label file; or val.txt or val.csv in that folder")
     bgr_to_rgb: bool = option(None, "the tutorial's name for --rgb", boolean, dest="rgb")
 
 
@@ -42,7 +42,9 @@ class TestClsModuleConfig:
 
     __test__ = False
 
-    cls_test_data_dir: str = option(CLS_TEST_DATA_DIR, "folder of the next two files")
+    cls_test_data_dir: str = option(
+        CLS_TEST_DATA_DIR, "folder of the default input_img and classes"
+    )
     input_img: str = option(f"{CLS_TEST_DATA_DIR}/red_panda.jpg", "the test picture")
     classes: str = option(f"{CLS_TEST_DATA_DIR}/imagenet_classes.txt", "class names, one per line")
     test_module_name: str = option("classification", "suffix of the result's file name")
