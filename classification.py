@@ -188,7 +188,7 @@ def get_parser():
     size = {"type": positive_int, "metavar": "PX"}
     add("--resize", **size, nargs="+", default=[], help="shorter side, or width and height [none]")
     add("--interpolation", choices=INTERPOLATIONS, default="bilinear", help="[bilinear]")
-    add("--center", choices=CENTERS, default="round", help="how to cut; first: at first [round]")
+    add("--center", choices=CENTERS, default="round", help="rounded, floored or cut first [round]")
     add = parser.add_argument_group("preprocessing, of blobFromImage").add_argument
     add("--scale", type=non_zero, default=1.0, help="multiply by this, after the mean [1.0]")
     add("--mean", type=finite, nargs=3, default=[0.0] * 3, help="subtract; R G B if --rgb [0 0 0]")
