@@ -19,6 +19,8 @@ OTHERS = [
 ]  # fmt: skip
 
 
+# OpenCV crashes with some of these on the classic engine
+@pytest.mark.usefixtures("engines_apart")
 @pytest.mark.parametrize("name", [*SMALL, *map(slow, OTHERS)])
 def test_family(name):
     """The random network answers each picture differently, and OpenCV answers the same."""
