@@ -107,7 +107,7 @@ def get_references(model, sample_blob):
         problem = "outputs are nan, inf, or the same for every picture, and prove nothing"
     elif not (change := get_change(model, references[0])) <= MAX_RELATIVE_ERROR:
         problem = f"answer changes from run to run, by {change:.1e} (is dropout left on?)"
-    elif not moves[0] <= MAX_RELATIVE_ERROR:
+    elif not moves[0] <= limits[0]:
         problem = f"answer hangs on rounding: a change of 1e-06 moves it by {moves[0]:.1e}"
     else:
         return steady
