@@ -25,8 +25,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from classification import ENGINES, RequestError, get_blob, read_picture
+from classification import ENGINES, RequestError, get_blob, read_picture, scale_resize
 from common import NetworksDisagree, Preprocessing, get_hash, whole_file
+from default_preprocess_config import PYTORCH_RSZ_HEIGHT, PYTORCH_RSZ_WIDTH
 from labelled_pictures import MAX_SKIPPED, find_classes
 from preprocessing import read_pil, run_transform
 from processes import PROCESSES, RANK, gather
@@ -58,8 +59,9 @@ def make_plan(network, data, outputs, config, args):
     find_classes(data, outputs)
     p = args.preprocessing
     if args.preprocess == "tutorial":
-        width = args.rsz_width or p.width * 256 // 224
-        height = args.rsz_height or p.height * 256 // 224
+        tutorials = PYTORCH_RSZ_WIDTH, PYTORCH_RSZ_HEIGHT
+        width, height = scale_resize(tutorials, (224, 224), (p.width, p.height))
+        width, height = args.rsz_width or width, args.rsz_height or height
         p = replace(p, resize=(), initial_width=width, initial_height=height)
         if width < p.width or height < p.height:
             raise RequestError(f"--rsz_width or --rsz_height is less than {p.width}x{p.height}")
