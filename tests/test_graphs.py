@@ -20,6 +20,7 @@ from torch import nn
 from classification import ENGINES
 from conversion import export, rewrite
 from onnx_folding import fold_constants, get_shapes
+from onnx_graph import simplify
 from onnx_speedups import speed_up
 from verify import EACH_ENGINE, run_engine_apart
 
@@ -250,6 +251,24 @@ def test_folding():
     assert {t.name for t in proto.graph.initializer} <= {
         n for o in proto.graph.node for n in o.input
     }
+
+
+def test_simplify():
+    """Equal constants become one, but not equal weights; a Transpose that moves nothing goes."""
+    nodes = """
+        a = Reshape(x, one) same = Transpose <perm = [0, 1, 2]> (a) b = Mul(same, weights)
+        c = Add(b, others) two = Constant <value = int64[3] {0, 3, 64}> ()
+        d = Reshape(c, two) y = Transpose <perm = [0, 2, 1]> (d)
+    """
+    sizes, weights = np.array([0, 3, 64]), np.ones(64, np.float32)
+    proto = make_proto(nodes, "y", one=sizes, weights=weights, others=weights)
+    x = np.random.default_rng(0).standard_normal((5, 3, 8, 8), np.float32)
+    before = onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x})[0]
+    simplify(proto.graph)
+    kinds = [node.op_type for node in proto.graph.node]
+    assert kinds == ["Reshape", "Mul", "Add", "Reshape", "Transpose"]
+    assert [t.name for t in proto.graph.initializer] == ["one", "weights", "others"]
+    assert np.array_equal(onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x})[0], before)
 
 
 def test_what_has_no_speed_up():
