@@ -34,6 +34,7 @@ def make_readable(proto):
     rewrite_einsum(proto.graph)
     rewrite_matmul(proto.graph)
     rewrite_gelu(proto.graph)
+    rewrite_gelu_tanh(proto.graph)
     rewrite_hard_sigmoid(proto.graph)
     rewrite_constant_of_shape(proto.graph)
     rewrite_tanh(proto.graph)
@@ -44,7 +45,7 @@ def make_readable(proto):
     rewrite_reduction(proto, shapes)
     rewrite_average_pool(proto.graph, shapes)
     rewrite_grouped_conv(proto.graph)
-    rewrite_one_channel(proto.graph, shapes)
+    rewrite_repeated(proto.graph, shapes)
     remove_unused(proto.graph)
 
 
@@ -111,6 +112,20 @@ def rewrite_gelu(graph):
             replace_node(graph, index, text, term=term, factor=factor)
 
 
+def rewrite_gelu_tanh(graph):
+    """Gelu(approximate="tanh") -> x * Sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x^3)), the same.
+
+    OpenCV 5.0.0 computes the exact GELU: up to 5e-4 off (PyTorch's new exporter).
+    """
+    factor = 2 * math.sqrt(2 / math.pi)
+    for index, node in find_nodes(graph, "Gelu"):
+        if get_attribute(node, "approximate") == b"tanh":
+            text = "square = Mul(x, x) part = Mul(square, cubic) sum = Add(part, linear) "
+            text += "product = Mul(x, sum) gate = Sigmoid(product) y = Mul(x, gate)"
+            tensors = {"linear": np.float32(factor), "cubic": np.float32(0.044715 * factor)}
+            replace_node(graph, index, text, **tensors)
+
+
 def rewrite_hard_sigmoid(graph):
     """HardSigmoid(beta=0.5) -> HardSigmoid(), 0.5 being ONNX's default.
 
@@ -163,7 +178,7 @@ def rewrite_batch_norm(graph):
     """
     producer = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    activations = {"Mul", "Sigmoid", "HardSigmoid", "HardSwish", "Elu", "Gelu"}
+    activations = {"Mul", "Sigmoid", "HardSigmoid", "HardSwish", "Elu", "Gelu", "Mish"}
     for index, node in find_nodes(graph, "BatchNormalization"):
         if not constants.keys() >= {*node.input[1:]}:
             continue
@@ -295,16 +310,19 @@ def rewrite_grouped_conv(graph):
         next(a for a in node.attribute if a.name == "group").i = groups // merged
 
 
-def rewrite_one_channel(graph, shapes):
-    """(b, 1, H, W) * (b, C, H, W) -> Identity(the former) * the latter, and so in other operators.
+def rewrite_repeated(graph, shapes):
+    """(b, 1, H, W) * (b, C, H, W) -> Identity(the former) * the latter; so for (b, C, 1, 1) in Add.
 
     OpenCV 5.0.0's new engine keeps channels in blocks of 8: that of the one channel is filled up
-    with 7 zeros, and repeated with them (CBAM's spatial attention). Identity takes no blocks.
+    with 7 zeros, and repeated with them (CBAM's spatial attention). Identity takes no blocks. And a
+    convolution that adds its output to another tensor repeats neither (global context).
     """
+    constants = {tensor.name for tensor in graph.initializer}  # which are repeated rightly
     for index, node in find_nodes(graph, *BROADCASTING):
-        channels = [shapes.get(name, ())[1:2] for name in node.input]
-        if {*channels} - {(), (1,)}:
-            for position in reversed([i for i, own in enumerate(channels) if own == (1,)]):
+        axes = slice(None) if node.op_type == "Add" else slice(1, 2)  # 1: the channels
+        sizes = [() if n in constants else shapes.get(n, ())[axes] for n in node.input]
+        for position, own in reversed([*enumerate(sizes)]):
+            if any(a == 1 != b for other in sizes for a, b in zip(own, other, strict=False)):
                 name = f"{node.output[0]}~{position}"
                 identity = onnx.helper.make_node("Identity", [node.input[position]], [name])
                 node.input[position] = name
