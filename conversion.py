@@ -45,12 +45,18 @@ def convert(network, references, allow_branches=False):
     if not allow_branches:
         check_branches(network.model, sample_blob)
     remove_leftovers(path.parent)
+    exporters = [False, True]  # TorchScript's, then the new one
     with whole_file(path) as part:
-        for dynamo in (False, True):
+        for dynamo in exporters:
             print(f"exporting {network.request.name} ...", flush=True)
             try:
                 export(network.model, part, sample_blob.shape, dynamo)
-                rewrite(part, allow_branches)
+                kinds = rewrite(part, allow_branches)
+                # mvitv2_tiny: 402 ms from TorchScript's exporter, 181 from the new one
+                if "ScatterND" in kinds and not dynamo and len(exporters) == 2:
+                    print("`x[...] = y` is slow in OpenCV: trying PyTorch's new exporter")
+                    exporters.append(False)  # in case that fails
+                    continue
                 engines = choose_graph(part, references)
                 break
             except NotConvertible:
@@ -123,7 +129,10 @@ def quiet():
 
 
 def rewrite(path, allow_branches=False):
-    """Mend what OpenCV reads wrongly; RequestError if the graph branches, or has one batch size."""
+    """Mend what OpenCV reads wrongly; return the kinds of nodes.
+
+    Raises RequestError if the graph branches, or takes one batch size only.
+    """
     proto = onnx.load(path)
     branches = {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan"}
     if branches and not allow_branches:
@@ -136,6 +145,7 @@ def rewrite(path, allow_branches=False):
     fold_constants(proto)
     make_readable(proto)
     save(proto, path)
+    return {node.op_type for node in proto.graph.node}
 
 
 def save(proto, path):

@@ -130,11 +130,12 @@ def measure(name):
             shutil.copy(path, raw)
             if (data := Path(f"{path}.data")).exists():  # the new exporter's weights
                 shutil.copy(data, raw.parent)
-            conversion_rewrite(path, *options)
+            kinds = conversion_rewrite(path, *options)
             shutil.copy(path, plain)
             if data.exists():  # over 2 GB
                 shutil.copy(data, f"{plain}.data")
                 raw.unlink()
+            return kinds
 
         conversion_rewrite = conversion.rewrite
         said = io.StringIO()
@@ -156,7 +157,8 @@ def measure(name):
             return record
         files = [converted.path, Path(f"{converted.path}.data")]
         record["mb"] = sum(file.stat().st_size for file in files if file.exists()) / 2**20
-        record["exporter"] = "TorchScript" if said.getvalue().count("exporting ") == 1 else "new"
+        is_new = said.getvalue().count("exporting ") == 2  # the third is TorchScript's again
+        record["exporter"] = "new" if is_new else "TorchScript"
         record["engine"] = engine = converted.engines[0]
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads)

@@ -273,6 +273,30 @@ def test_what_torchscript_cannot_export():
     assert np.allclose(read_onnx(path)(blob), run_torch(model, blob), atol=1e-5)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_assigned_slices_come_from_the_new_exporter(monkeypatch, capsys, fails):
+    """TorchScript's writes ScatterND, which is slow in OpenCV; it is taken if the new one fails."""
+
+    class Shift(torch.nn.Module):
+        def forward(self, x):
+            x = x.clone()
+            x[:] += x.mean(1, keepdim=True)
+            return x.mean((2, 3))
+
+    def export_one(model, path, shape, dynamo):
+        if dynamo and fails:
+            raise RequestError("no")
+        export(model, path, shape, dynamo)
+
+    monkeypatch.setattr(conversion, "export", export_one)
+    blob = np.random.default_rng(3).standard_normal((1, 3, 26, 26)).astype(np.float32)
+    path = convert(make_network(Shift()), get_references(Shift(), blob)).path
+    assert np.allclose(read_onnx(path)(blob), run_torch(Shift(), blob), atol=1e-5)
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
+    assert ("ScatterND" in kinds) == fails
+    assert capsys.readouterr().out.count("exporting test ...") == 2 + fails
+
+
 def test_weights_over_two_gigabytes(monkeypatch, small):
     """A smaller limit stands in: the weights go to a file of their own."""
     monkeypatch.setattr(conversion, "MAX_ONNX_SIZE", 10_000)
