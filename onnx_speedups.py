@@ -114,7 +114,8 @@ def speed_up_gate(proto, shapes):
     for index, node in find_nodes(proto.graph, "Mul"):
         large, gate = sorted(node.input, key=lambda name: shapes.get(name, ())[2:] == (1, 1))
         shape = shapes.get(large, ())
-        if len(shape) != 4 or None in shape[1:] or shapes.get(gate) != (*shape[:2], 1, 1):
+        is_gate = len(shape) == 4 and shapes.get(gate) == (*shape[:2], 1, 1) != shape
+        if not is_gate or None in shape[1:]:
             continue
         text = """
             flat = Reshape(large, flat_shape)

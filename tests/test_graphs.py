@@ -297,8 +297,16 @@ def test_simplify():
     assert np.array_equal(onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x})[0], before)
 
 
-def test_what_has_no_speed_up():
-    assert speed_up(make_proto("y = Relu(x)", "y")) is None
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "y = Relu(x)",
+        # SiLU within squeeze and excitation: neither factor is repeated
+        "mean = GlobalAveragePool(x) gate = Sigmoid(mean) y = Mul(mean, gate)",
+    ],
+)
+def test_what_has_no_speed_up(nodes):
+    assert speed_up(make_proto(nodes, "y")) is None
 
 
 def test_without_speed_ups(tmp_path, monkeypatch, capsys):
