@@ -55,7 +55,7 @@ MAX_RATIO = 1.03  # of OpenCV's time to PyTorch's: as fast
 # Where the time goes in networks that are slower, by cv2.dnn.Net.getPerfProfile.
 SLOW_LAYERS = {
     "convmixer": "1x1 Conv", "mobilenetv5": "ReduceMean over the channels", "qwen3_vit": "Gemm",
-    "regnet_y_128gf": "3x3 Conv in groups", "sequencer": "LSTM",
+    "regnet_y_128gf": "1x1 Conv", "sequencer": "LSTM",
 }  # fmt: skip
 MAX_BUSY = 0.1  # processors that other programs take on a quiet machine
 
