@@ -20,7 +20,6 @@ from entries import describe_file, get_onnx_path
 from forward import find_branch
 from locate import locate
 from onnx_folding import fold_constants
-from onnx_graph import simplify
 from onnx_rewrites import make_readable
 from onnx_speedups import speed_up
 from verify import verify
@@ -152,7 +151,6 @@ def save(proto, path):
     """Write a ModelProto. protobuf holds at most 2 GB: larger weights go to a file PATH.data."""
     data = Path(f"{path}.data")
     data.unlink(missing_ok=True)  # the new exporter's own
-    simplify(proto.graph)
     is_large = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_ONNX_SIZE
     onnx.save(proto, path, save_as_external_data=is_large, location=data.name)
     if is_large:

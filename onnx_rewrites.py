@@ -16,8 +16,8 @@ from onnx_graph import (
     find_nodes,
     find_reductions,
     get_attribute,
-    remove_unused,
     replace_node,
+    simplify,
     write_reduction,
 )
 
@@ -46,7 +46,7 @@ def make_readable(proto):
     rewrite_average_pool(proto.graph, shapes)
     rewrite_grouped_conv(proto.graph)
     rewrite_repeated(proto.graph, shapes)
-    remove_unused(proto.graph)
+    simplify(proto.graph)
 
 
 def rewrite_einsum(graph):

@@ -13,8 +13,8 @@ from onnx_graph import (
     find_nodes,
     find_reductions,
     get_attribute,
-    remove_unused,
     replace_node,
+    simplify,
     write_reduction,
 )
 
@@ -28,7 +28,7 @@ def speed_up(plain):
     speed_up_stem(proto.graph, shapes)
     speed_up_gate(proto, shapes)
     speed_up_grouped_conv(proto.graph)
-    remove_unused(proto.graph)
+    simplify(proto.graph)
     return proto if proto.graph.node != plain.graph.node else None
 
 

@@ -382,6 +382,7 @@ def write_tables(records):
         [r for r in records if r["network"].startswith(prefix)] for prefix in (TIMM, WALL)
     )
     torchvision = [r for r in records if r not in timm + wall]
+    wall = [r for r in wall if "ms" in r]
     if torchvision:
         draw_chart(torchvision)
         chart = ["", f"![OpenCV's time against PyTorch's and onnxruntime's](images/{CHART.name})"]

@@ -423,6 +423,8 @@ def test_no_evidence_hangs_on_rounding():
         # the second one's is steady in 0 to 255 alone
         with pytest.raises(RequestError, match="hangs on rounding.* 1e-06 moves it by .*e-0[1-3]"):
             get_references(forward, 10 * BLOB[:1])
+    with pytest.raises(RequestError, match="the same for every picture"):  # all that are steady
+        get_references(lambda x: Noisy()((x / 10).clamp(min=1) + 1), BLOB[:1])
 
 
 def test_only_the_classic_engine_is_right(monkeypatch, capsys):
