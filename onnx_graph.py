@@ -59,10 +59,13 @@ def simplify(graph):
         if np.prod(tensor.dims) <= MAX_SHARED:
             value = tensor.data_type, *tensor.dims, to_array(tensor).tobytes()
             same[tensor.name] = names.setdefault(value, tensor.name)
+    constants = {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         node.input[:] = [same.get(name, name) for name in node.input]
         perm = get_attribute(node, "perm", [])
-        if node.op_type == "Transpose" and perm and perm == sorted(perm):
+        # that of a constant stays: OpenCV's MatMul can't take some, see rewrite_matmul
+        is_variable = node.op_type == "Transpose" and node.input[0] not in constants
+        if is_variable and perm and perm == sorted(perm):
             same[node.output[0]] = node.input[0]
     remove_unused(graph)
 
