@@ -91,25 +91,21 @@ def rewrite_matmul(graph):
 
 
 def rewrite_gelu(graph):
-    """x * (0.5 * (1 + erf(x / sqrt 2))) -> (x * (1 + erf(x / sqrt 2))) * 0.5
+    """x * (0.5 * t) -> (x * t) * 0.5, whatever their order is: halving rounds nothing.
 
-    OpenCV 5.0.0 fuses GELU into one layer, and crashes if the factor 0.5 comes first, as PyTorch's
-    new exporter writes it. TorchScript's writes it last.
+    OpenCV 5.0.0 fuses GELU, and crashes unless 0.5 comes last, as TorchScript's exporter has it.
     """
-    producer = {output: node for node in graph.node for output in node.output}
-    constants = {tensor.name for tensor in graph.initializer}
-
-    def get_inputs(name, op_type):
-        """The inputs of the node that makes a tensor, if it is of this kind."""
-        node = producer.get(name)
-        return node.input if node is not None and node.op_type == op_type else (None, None)
-
+    halves = {t.name for t in graph.initializer if np.prod(t.dims) == 1 and to_array(t) == 0.5}
+    halved = {}
+    for _, node in find_nodes(graph, "Mul"):
+        for half, term in (node.input[:], node.input[::-1]):
+            if half in halves:
+                halved[node.output[0]] = {"half": half, "term": term}
     for index, node in find_nodes(graph, "Mul"):
-        factor, term = get_inputs(node.input[1], "Mul")
-        erf, _ = get_inputs(term, "Add")
-        if factor in constants and get_inputs(erf, "Erf")[0]:
-            text = "product = Mul(x, term) y = Mul(product, factor)"
-            replace_node(graph, index, text, term=term, factor=factor)
+        other, product = sorted(node.input, key=halved.__contains__)
+        if product in halved:
+            text = "product = Mul(other, term) y = Mul(product, half)"
+            replace_node(graph, index, text, other=other, **halved[product])
 
 
 def rewrite_gelu_tanh(graph):
@@ -117,13 +113,12 @@ def rewrite_gelu_tanh(graph):
 
     OpenCV 5.0.0 computes the exact GELU: up to 5e-4 off (PyTorch's new exporter).
     """
-    factor = 2 * math.sqrt(2 / math.pi)
+    factor = np.float32(2 * math.sqrt(2 / math.pi))
     for index, node in find_nodes(graph, "Gelu"):
         if get_attribute(node, "approximate") == b"tanh":
             text = "square = Mul(x, x) part = Mul(square, cubic) sum = Add(part, linear) "
             text += "product = Mul(x, sum) gate = Sigmoid(product) y = Mul(x, gate)"
-            tensors = {"linear": np.float32(factor), "cubic": np.float32(0.044715 * factor)}
-            replace_node(graph, index, text, **tensors)
+            replace_node(graph, index, text, linear=factor, cubic=np.float32(0.044715) * factor)
 
 
 def rewrite_hard_sigmoid(graph):
@@ -158,16 +153,17 @@ def rewrite_tanh(graph):
 
 
 def rewrite_softplus(graph):
-    """Softplus(x) -> Softplus(Clip(x, -1e30, 40)) + Relu(x - 40), which is x above 40.
+    """Softplus(x) -> Softplus(-|x|) + Relu(x), and Log(Add(a, b)) -> Log(Sum(a, b)), the same.
 
-    OpenCV 5.0.0 returns inf for x above 88. Clip has a lower limit because 4.10 requires both.
+    OpenCV 5.0.0 returns inf for x above 88, and fuses Log(Exp(x) + b) to Softplus for any b.
     """
     for index, _ in find_nodes(graph, "Softplus"):
-        text = """
-            clipped = Clip(x, low, high) below = Softplus(clipped)
-            rest = Sub(x, high) above = Relu(rest) y = Add(below, above)
-        """
-        replace_node(graph, index, text, low=np.float32(-1e30), high=np.float32(40))
+        text = "size = Abs(x) negative = Neg(size) small = Softplus(negative)"
+        replace_node(graph, index, f"{text} above = Relu(x) y = Add(small, above)")
+    logs = {node.input[0] for _, node in find_nodes(graph, "Log")}
+    for _, node in find_nodes(graph, "Add"):
+        if node.output[0] in logs:
+            node.op_type = "Sum"
 
 
 def rewrite_batch_norm(graph):
@@ -223,16 +219,21 @@ def rewrite_col2im(graph, shapes):
 
 
 def rewrite_log_sum_exp(proto, shapes):
-    """ReduceLogSumExp(x) -> Log(ReduceSum(Exp(x - m))) + m, with m = ReduceMax(x).
+    """ReduceLogSumExp(x) -> ReduceLogSumExp(x - m) + m, with m = ReduceMax(x); so for LogSoftmax.
 
-    OpenCV 5.0.0 adds up exp(x) as it is: inf for x above 88 (torch.logsumexp).
+    OpenCV 5.0.0 adds up exp(x) as it is: inf for x above 88 (torch.logsumexp). Its LogSoftmax is
+    the logarithm of Softmax: -inf if x is 104 below the maximum.
     """
     for index, _, axes, keepdims in find_reductions(proto, shapes, "ReduceLogSumExp"):
-        text = write_reduction(proto, "maximum", "ReduceMax", "x", axes, 1)
-        text += "rest = Sub(x, maximum) exp = Exp(rest)"
-        text += write_reduction(proto, "sum", "ReduceSum", "exp", axes, keepdims)
+        text = write_reduction(proto, "maximum", "ReduceMax", "x", axes, 1) + "d = Sub(x, maximum)"
+        text += write_reduction(proto, "log", "ReduceLogSumExp", "d", axes, keepdims)
         text += write_reduction(proto, "m", "ReduceMax", "x", axes, keepdims)
-        replace_node(proto.graph, index, text + "log = Log(sum) y = Add(log, m)")
+        replace_node(proto.graph, index, text + "y = Add(log, m)")
+    for index, node in find_nodes(proto.graph, "LogSoftmax"):
+        axes = [get_attribute(node, "axis", -1)]
+        text = write_reduction(proto, "m", "ReduceMax", "x", axes, 1) + "d = Sub(x, m)"
+        text += write_reduction(proto, "log", "ReduceLogSumExp", "d", axes, 1)
+        replace_node(proto.graph, index, text + "y = Sub(d, log)")
 
 
 def rewrite_reduction(proto, shapes):

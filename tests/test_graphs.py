@@ -151,6 +151,12 @@ WRONG = {
     "softplus of beta": (
         lambda: Net(lambda x: F.softplus(9 * (x - 5), beta=2.0).mean(3)), (16, 16), 20, EACH_ENGINE,
     ),
+    "exp and 2": (lambda: Net(lambda x: torch.log(2 + x.exp()).mean(3)), (16, 16), 1, EACH_ENGINE),
+    "two exp": (lambda: Net(lambda x: torch.logaddexp(x, -x).mean(3)), (16, 16), 1, EACH_ENGINE),
+    "log softmax": (lambda: Net(lambda x: F.log_softmax(60 * x, 1)), (16, 16), 5, EACH_ENGINE),
+    "log softmax of rows": (
+        lambda: Net(lambda x: F.log_softmax(60 * x, -1).mean(2)), (16, 16), 5, EACH_ENGINE,
+    ),
     "mish": (lambda: Net(lambda x: F.mish(9 * (x - 5)).mean(3)), (16, 16), 20, EACH_ENGINE),
     "pool": (lambda: pool(2), (9, 21), 1, EACH_ENGINE),
     "pool of the whole": (lambda: pool(64), (32, 32), 1, EACH_ENGINE),
@@ -197,7 +203,8 @@ SLOW = {
 }  # fmt: skip
 # from PyTorch's new exporter, in opset 18 or later: a reduction's axes are an input
 NEW_EXPORTER = ["batch norm without statistics", "batch norm after mish", "tanh gelu"]
-BOTH_EXPORTERS = ["mean over (0, 2, 3)", "logsumexp", "normalize"]
+NEW_EXPORTER += ["two exp"]
+BOTH_EXPORTERS = ["mean over (0, 2, 3)", "logsumexp", "log softmax", "normalize"]
 CASES = [(name, name in NEW_EXPORTER) for name in WRONG | SLOW]
 CASES += [(name, True) for name in BOTH_EXPORTERS]
 

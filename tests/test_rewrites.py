@@ -67,6 +67,10 @@ EINSUM = 'output = Einsum <equation = "{}"> (input, {})'
 # OpenCV fuses with it.
 FAULTS = {
     "gelu": (GELU, "Mul"),
+    "gelu halved behind": (
+        GELU.replace("half, plus", "plus, half").replace("input, halved", "halved, input"),
+        "Mul",
+    ),
     "einsum": (EINSUM.format("B C I D, B C J D -> B C I J", "input"), "Einsum"),
     "einsum without transposition": (
         EINSUM.format("B C I J, B C J D -> B C I D", "input"),
