@@ -4,8 +4,6 @@ import numpy as np
 import onnx
 from onnx.numpy_helper import from_array, to_array
 
-MAX_SHARED = 16  # elements of a constant: sizes, axes and factors
-
 
 def find_nodes(graph, *op_types):
     """[(index, node)] of some kinds, the last first, so that you may insert nodes on the way."""
@@ -44,30 +42,22 @@ def remove_unused(graph):
             del graph.initializer[index]
 
 
-def simplify(graph):
-    """Keep one of equal constants, not of weights, and no Transpose that moves nothing.
+def shorten_names(graph):
+    """Call tensors t0, t1 ..., but for the graph's inputs and outputs; nodes keep their names.
 
-    OpenCV 5.0.0 looks for the inputs of a node among the names of all nodes and constants, once for
-    each pattern that it may fuse. With fewer of them, swin_v2_s loads in 0.40 instead of 0.65 s.
+    OpenCV 5.0.0 copies the names that it compares: swin_v2_b loads in 0.27 instead of 0.41 s.
     """
-    names, same = {}, {}
-    for _, node in find_nodes(graph, "Constant"):
-        tensor = get_attribute(node, "value")
-        tensor.name = node.output[0]
-        graph.initializer.append(tensor)
+    if any(attribute.g.node for node in graph.node for attribute in node.attribute):
+        return  # a branch may use any name
+    kept = {"", *(value.name for value in (*graph.input, *graph.output))}
+    parts = [part for node in graph.node for part in (node.input, node.output)]
+    found = dict.fromkeys(name for part in parts for name in part if name not in kept)
+    names = {name: f"t{number}" for number, name in enumerate(found)}
+    for part in parts:
+        part[:] = [names.get(name, name) for name in part]
     for tensor in graph.initializer:
-        if np.prod(tensor.dims) <= MAX_SHARED:
-            value = tensor.data_type, *tensor.dims, to_array(tensor).tobytes()
-            same[tensor.name] = names.setdefault(value, tensor.name)
-    constants = {tensor.name for tensor in graph.initializer}
-    for node in graph.node:
-        node.input[:] = [same.get(name, name) for name in node.input]
-        perm = get_attribute(node, "perm", [])
-        # that of a constant stays: OpenCV's MatMul can't take some, see rewrite_matmul
-        is_variable = node.op_type == "Transpose" and node.input[0] not in constants
-        if is_variable and perm and perm == sorted(perm):
-            same[node.output[0]] = node.input[0]
-    remove_unused(graph)
+        tensor.name = names.get(tensor.name, tensor.name)
+    del graph.value_info[:]
 
 
 def get_inputs(node):

@@ -11,15 +11,8 @@ import numpy as np
 import onnx
 from onnx.numpy_helper import from_array, to_array
 
-from onnx_folding import get_shapes
-from onnx_graph import (
-    find_nodes,
-    find_reductions,
-    get_attribute,
-    replace_node,
-    simplify,
-    write_reduction,
-)
+from onnx_folding import get_shapes, simplify
+from onnx_graph import find_nodes, find_reductions, get_attribute, replace_node, write_reduction
 
 # OpenCV's layers of several operands that keep the channels in blocks of 8
 BROADCASTING = (
@@ -31,7 +24,7 @@ BROADCASTING = (
 def make_readable(proto):
     """Apply every rewrite to an onnx.ModelProto, in place."""
     shapes = get_shapes(proto)
-    rewrite_einsum(proto.graph)
+    rewrite_einsum(proto.graph, shapes)
     rewrite_matmul(proto.graph)
     rewrite_gelu(proto.graph)
     rewrite_gelu_tanh(proto.graph)
@@ -49,8 +42,8 @@ def make_readable(proto):
     simplify(proto.graph)
 
 
-def rewrite_einsum(graph):
-    """Einsum -> MatMul between Transposes, if it sums products over one letter.
+def rewrite_einsum(graph, shapes):
+    """Einsum -> MatMul between Transposes, if the second tensor has one letter of its own.
 
     OpenCV 5.0.0's Einsum keeps the batch size of the first forward pass. With capitals, which
     ONNX allows and torchvision's maxvit_t has, it writes past its tables.
@@ -67,15 +60,22 @@ def rewrite_einsum(graph):
         outer = [*rows[:-1], *batch, *rows[-1:]]
         orders = [*outer, *summed], [*batch, *summed, *columns], [*outer, *columns]
         is_exact = all(sorted(a) == sorted(b) for a, b in zip(letters, orders, strict=True))
-        if not rows or not len(summed) == len(columns) == 1 or not is_exact:
+        if not rows or not summed or len(columns) != 1 or not is_exact:
             continue
+        many = len(summed) > 1  # they become one
         text = f"""
             left = Transpose <perm = {[first.index(c) for c in orders[0]]}> (x)
             right = Transpose <perm = {[second.index(c) for c in orders[1]]}> (second)
-            product = MatMul(left, right)
+            {"a = Reshape(left, left_shape) b = Reshape(right, right_shape)" if many else ""}
+            product = MatMul({"a, b" if many else "left, right"})
             y = Transpose <perm = {[orders[2].index(c) for c in result]}> (product)
         """
-        replace_node(graph, index, text, second=node.input[1])
+        size = dict(zip(second, shapes.get(node.input[1], ()), strict=False)).get(columns[0]) or 0
+        sizes = {
+            "left_shape": [0] * len(outer) + [-1],
+            "right_shape": [0] * len(batch) + [-1, size],
+        }
+        replace_node(graph, index, text, second=node.input[1], **sizes)
 
 
 def rewrite_matmul(graph):
@@ -98,9 +98,9 @@ def rewrite_gelu(graph):
     halves = {t.name for t in graph.initializer if np.prod(t.dims) == 1 and to_array(t) == 0.5}
     halved = {}
     for _, node in find_nodes(graph, "Mul"):
-        for half, term in (node.input[:], node.input[::-1]):
-            if half in halves:
-                halved[node.output[0]] = {"half": half, "term": term}
+        term, half = sorted(node.input, key=halves.__contains__)
+        if half in halves:
+            halved[node.output[0]] = {"half": half, "term": term}
     for index, node in find_nodes(graph, "Mul"):
         other, product = sorted(node.input, key=halved.__contains__)
         if product in halved:
@@ -264,22 +264,21 @@ def rewrite_average_pool(graph, shapes):
         if not get_attribute(node, "ceil_mode", 0) or not sizes or None in sizes:
             continue
         rank, kernel = len(sizes), get_attribute(node, "kernel_shape")
-        strides, gaps = (get_attribute(node, n, [1] * rank) for n in ("strides", "dilations"))
+        strides = get_attribute(node, "strides", [1] * rank)
         pads = get_attribute(node, "pads", [0] * 2 * rank)
         padding = get_attribute(node, "count_include_pad", 0)
         factor, ends = np.ones((1, 1)), []
-        axes = zip(sizes, kernel, strides, gaps, pads[:rank], pads[rank:], strict=True)
-        for size, length, stride, gap, before, behind in axes:
-            limit = size + behind - gap * (length - 1) - 1 + stride
+        axes = zip(sizes, kernel, strides, pads[:rank], pads[rank:], strict=True)
+        for size, length, stride, before, behind in axes:
+            limit = size + behind - length + stride
             windows = np.arange(-before, min(size, limit), stride)  # each begins in the picture
-            taps = windows[:, None] + np.arange(length) * gap
+            taps = windows[:, None] + np.arange(length)
             inside = ((taps >= -before * padding) & (taps < size + behind * padding)).sum(axis=1)
             factor = np.multiply.outer(factor, length / inside)
             ends.append(max(taps.max() + 1 - size, behind))
-        dilations = f", dilations = {gaps}" if max(gaps) > 1 else ""  # since opset 19
         text = f"""
             padded = Pad(x, pads)
-            pooled = AveragePool <kernel_shape = {kernel}, strides = {strides}{dilations}> (padded)
+            pooled = AveragePool <kernel_shape = {kernel}, strides = {strides}> (padded)
             y = Mul(pooled, factor)
         """
         pads = [0, 0, *pads[:rank], 0, 0, *ends]

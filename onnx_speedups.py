@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 from onnx.numpy_helper import to_array
 
-from onnx_folding import get_shapes
+from onnx_folding import get_shapes, simplify
 from onnx_graph import (
     find_nodes,
     find_reductions,
     get_attribute,
     replace_node,
-    simplify,
+    shorten_names,
     write_reduction,
 )
 
@@ -29,7 +29,10 @@ def speed_up(plain):
     speed_up_gate(proto, shapes)
     speed_up_grouped_conv(proto.graph)
     simplify(proto.graph)
-    return proto if proto.graph.node != plain.graph.node else None
+    if proto.graph.node == plain.graph.node:
+        return None
+    shorten_names(proto.graph)
+    return proto
 
 
 def speed_up_norm(proto, shapes):

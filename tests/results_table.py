@@ -167,16 +167,11 @@ def measure(name):
         record["engine"] = engine = converted.engines[0]
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads)
-        loads = []
-        for _ in range(3):  # the first may wait for memory
-            start = time.process_time()
-            after = read_net(converted.path, engine)
-            loads.append(time.process_time() - start)
-        record["load_s"] = min(loads)
+        record["load_s"] = time_load(converted.path, engine)
         passes = {
             "pytorch": functools.partial(verify.run_pytorch, model, blob),
             "before": functools.partial(verify.run_opencv, read_net(plain, engine), blob),
-            "after": functools.partial(verify.run_opencv, after, blob),
+            "after": functools.partial(verify.run_opencv, read_net(converted.path, engine), blob),
             "onnxruntime": make_onnxruntime(raw if raw.exists() else plain, blob, threads),
         }
         record["threads"] = threads
@@ -207,6 +202,23 @@ def get_busy_seconds():
 
 def read_net(path, engine):
     return cv2.dnn.readNetFromONNX(str(path), ENGINES[engine])
+
+
+def time_load(path, engine):
+    """CPU seconds to read a file, alone in a process: other libraries' threads count as well."""
+    code = """
+import sys, time, cv2
+cv2.setNumThreads(1)
+times = []
+for _ in range(4):  # the first waits for memory
+    start = time.process_time()
+    cv2.dnn.readNetFromONNX(sys.argv[1], int(sys.argv[2]))
+    times.append(time.process_time() - start)
+print(min(times))
+"""
+    command = [sys.executable, "-c", code, str(path), str(ENGINES[engine])]
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's
+    return float(subprocess.run(command, env=env, capture_output=True, text=True).stdout)
 
 
 def make_onnxruntime(path, blob, threads):
