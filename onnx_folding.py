@@ -43,7 +43,22 @@ def fold_constants(proto):
             if np.sum(a != b) == 1 and -1 not in a:  # the batch, or a multiple of it
                 node.input[1] = f"{node.output[0]}~shape"
                 graph.initializer.append(from_array(np.where(a == b, a, -1), node.input[1]))
+    fold_gemm(graph)
     remove_unused(graph)
+
+
+def fold_gemm(graph):
+    """Gemm <transB = 1> (x, W, bias) -> Gemm(x, W transposed, bias)
+
+    OpenCV 5.0.0 transposes W, and keeps both: alexnet loads in 0.49 instead of 0.69 s.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for _, node in find_nodes(graph, "Gemm"):
+        if node.input[1] in constants and get_attribute(node, "transB"):
+            weights = to_array(constants[node.input[1]]).T
+            node.input[1] = f"{node.output[0]}~weights"
+            graph.initializer.append(from_array(weights, node.input[1]))
+            next(attribute for attribute in node.attribute if attribute.name == "transB").i = 0
 
 
 def simplify(graph):

@@ -292,6 +292,24 @@ def test_folding():
     }
 
 
+def test_gemm():
+    """Its weights are transposed in the file, for one Gemm of two that share them."""
+    nodes = """
+        flat = Flatten(x) a = Gemm <transB = 1, alpha = 0.5> (flat, weights, bias)
+        y = Gemm(a, weights)
+    """
+    generator = np.random.default_rng(0)
+    weights = generator.standard_normal((192, 192), np.float32)
+    proto = make_proto(nodes, "y", weights=weights, bias=weights[0])
+    x = generator.standard_normal((5, 3, 8, 8), np.float32)
+    fold_constants(proto)
+    found = onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x})[0]
+    assert np.allclose(found, (x.reshape(5, -1) @ weights.T / 2 + weights[0]) @ weights, atol=1e-3)
+    kept = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    assert np.array_equal(kept[proto.graph.node[1].input[1]], weights.T)
+    assert np.array_equal(kept[proto.graph.node[2].input[1]], weights)
+
+
 def test_simplify():
     """Equal constants become one, but not equal weights; a Transpose that moves nothing goes."""
     nodes = """
