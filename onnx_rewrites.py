@@ -91,15 +91,15 @@ def rewrite_matmul(graph):
 
 
 def rewrite_gelu(graph):
-    """x * (0.5 * t) -> (x * t) * 0.5, whatever their order is: halving rounds nothing.
+    """x * (0.5 * (a + b)) -> (x * (a + b)) * 0.5, in any order: halving rounds nothing.
 
     OpenCV 5.0.0 fuses GELU, and crashes unless 0.5 comes last, as TorchScript's exporter has it.
     """
     halves = {t.name for t in graph.initializer if np.prod(t.dims) == 1 and to_array(t) == 0.5}
-    halved = {}
+    sums, halved = {node.output[0] for _, node in find_nodes(graph, "Add")}, {}
     for _, node in find_nodes(graph, "Mul"):
         term, half = sorted(node.input, key=halves.__contains__)
-        if half in halves:
+        if half in halves and term in sums:
             halved[node.output[0]] = {"half": half, "term": term}
     for index, node in find_nodes(graph, "Mul"):
         other, product = sorted(node.input, key=halved.__contains__)

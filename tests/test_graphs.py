@@ -129,6 +129,7 @@ WRONG = {
                     nn.BatchNorm2d(20, track_running_stats=False)), (16, 16), 1, NEW,
     ),
     "batch norm after mish": (lambda: normed(nn.Mish()), (16, 16), 1, EACH_ENGINE),
+    "scaled gelu": (lambda: Net(lambda x: 10 * F.gelu(x)), (16, 16), 1, EACH_ENGINE),
     "tanh gelu": (lambda: Net(lambda x: F.gelu(4 * x, approximate="tanh")), (16, 16), 1,
                   EACH_ENGINE),
     **{
@@ -210,7 +211,7 @@ SLOW = {
 # from PyTorch's new exporter, in opset 18 or later: a reduction's axes are an input
 NEW_EXPORTER = ["batch norm without statistics", "batch norm after mish", "tanh gelu"]
 NEW_EXPORTER += ["two exp"]
-BOTH_EXPORTERS = ["mean over (0, 2, 3)", "logsumexp", "log softmax", "normalize"]
+BOTH_EXPORTERS = ["mean over (0, 2, 3)", "logsumexp", "log softmax", "scaled gelu", "normalize"]
 CASES = [(name, name in NEW_EXPORTER) for name in WRONG | SLOW]
 CASES += [(name, True) for name in BOTH_EXPORTERS]
 
