@@ -62,7 +62,7 @@ def rewrite_einsum(graph, shapes):
         is_exact = all(sorted(a) == sorted(b) for a, b in zip(letters, orders, strict=True))
         if not rows or not summed or len(columns) != 1 or not is_exact:
             continue
-        many = len(summed) > 1  # they become one
+        many = len(summed) > 1  # they become one axis
         text = f"""
             left = Transpose <perm = {[first.index(c) for c in orders[0]]}> (x)
             right = Transpose <perm = {[second.index(c) for c in orders[1]]}> (second)
@@ -91,7 +91,7 @@ def rewrite_matmul(graph):
 
 
 def rewrite_gelu(graph):
-    """x * (0.5 * (a + b)) -> (x * (a + b)) * 0.5, in any order: halving rounds nothing.
+    """x * (0.5 * (1 + erf)) -> (x * (1 + erf)) * 0.5, in any order: halving rounds nothing.
 
     OpenCV 5.0.0 fuses GELU, and crashes unless 0.5 comes last, as TorchScript's exporter has it.
     """

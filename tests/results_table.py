@@ -387,8 +387,8 @@ def write_tables(records):
         "*ms* is the CPU time of one forward pass with one picture and one thread, the four in "
         "turn, the least of several: it counts what a pass computes, and other programs on the "
         "machine hardly change it. *OpenCV before* is the graph without the speed-ups of "
-        "onnx_speedups.py; *load* is the CPU time that OpenCV takes to read the file, with the "
-        "system's for fresh memory.",
+        "onnx_speedups.py; *load* is the CPU time in which OpenCV reads the file, alone in a "
+        "process, the least of several.",
     ]
     timm, wall = (
         [r for r in records if r["network"].startswith(prefix)] for prefix in (TIMM, WALL)
