@@ -1,7 +1,7 @@
 """What is constant in an ONNX graph: sizes, and all that depends on sizes and weights only.
 
 Only the batch of an exported network has an unknown size. So a constant is what is the same for a
-batch of 2 and one of 3. (onnxslim does this as well: 19 s for swin_v2_t, which takes 3 s here.)
+batch of 2 and one of 17. (onnxslim does this as well: 19 s for swin_v2_t, which takes 3 s here.)
 """
 
 import numpy as np
@@ -13,16 +13,17 @@ from onnx.shape_inference import infer_node_outputs
 
 from onnx_graph import find_nodes, get_attribute, remove_unused
 
+BATCHES = 2, 17  # far apart: batch // 2 is the same for 2 and 3
 MAX_SHARED = 16  # elements of a constant: sizes, axes and factors
 MAX_GROWTH = 2**20  # elements by which a constant may be larger than what it is computed from
 
 
 def get_shapes(proto):
     """{tensor: its shape, None for sizes that depend on the batch}, as far as they are known."""
-    two, three = (evaluate(proto, batch)[0] for batch in (2, 3))
+    few, many = (evaluate(proto, batch)[0] for batch in BATCHES)
     return {
-        name: tuple(a if a == b else None for a, b in zip(two[name], three[name], strict=False))
-        for name in two.keys() & three.keys()
+        name: tuple(a if a == b else None for a, b in zip(few[name], many[name], strict=False))
+        for name in few.keys() & many.keys()
     }
 
 
@@ -33,13 +34,13 @@ def fold_constants(proto):
     of swin_v2_t.
     """
     graph = proto.graph
-    two, three = (evaluate(proto, batch)[1] for batch in (2, 3))
-    known = two.keys() & three.keys()
+    few, many = (evaluate(proto, batch)[1] for batch in BATCHES)
+    known = few.keys() & many.keys()
     for node in graph.node:
-        if known.issuperset(node.output) and all(two[n] == three[n] for n in node.output):
-            graph.initializer.extend(two[name] for name in node.output)
+        if known.issuperset(node.output) and all(few[n] == many[n] for n in node.output):
+            graph.initializer.extend(few[name] for name in node.output)
         elif node.op_type == "Reshape" and node.input[1] in known:
-            a, b = (to_array(tensors[node.input[1]]) for tensors in (two, three))
+            a, b = (to_array(tensors[node.input[1]]) for tensors in (few, many))
             if np.sum(a != b) == 1 and -1 not in a:  # the batch, or a multiple of it
                 node.input[1] = f"{node.output[0]}~shape"
                 graph.initializer.append(from_array(np.where(a == b, a, -1), node.input[1]))
@@ -125,6 +126,7 @@ def compute(node, types, tensors, opsets):
     except Exception:  # onnx lacks operators, and raises whatever NumPy raises
         return {}
     size = sum(value.size for value in feeds.values()) + MAX_GROWTH
+    size = np.inf if node.op_type == "Constant" else size  # that is in the file already
     if not all(isinstance(r, np.ndarray) and r.size <= size for r in results):
         return {}
     return {n: from_array(r, n) for n, r in zip(node.output, results, strict=True)}

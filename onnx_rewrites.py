@@ -59,10 +59,11 @@ def rewrite_einsum(graph, shapes):
         # MatMul: (..., batch, row, summed) times (batch, summed, column)
         outer = [*rows[:-1], *batch, *rows[-1:]]
         orders = [*outer, *summed], [*batch, *summed, *columns], [*outer, *columns]
-        is_exact = all(sorted(a) == sorted(b) for a, b in zip(letters, orders, strict=True))
-        if not rows or not summed or len(columns) != 1 or not is_exact:
-            continue
-        many = len(summed) > 1  # they become one axis
+        is_exact = all(sorted(a) == sorted({*b}) for a, b in zip(letters, orders, strict=True))
+        sizes = dict(zip(second, shapes.get(node.input[1], ()), strict=False))
+        many, size = len(summed) > 1, math.prod(sizes.get(c) or 0 for c in summed)
+        if not rows or not summed or len(columns) != 1 or not is_exact or (many and not size):
+            continue  # many become one axis of this size
         text = f"""
             left = Transpose <perm = {[first.index(c) for c in orders[0]]}> (x)
             right = Transpose <perm = {[second.index(c) for c in orders[1]]}> (second)
@@ -70,12 +71,12 @@ def rewrite_einsum(graph, shapes):
             product = MatMul({"a, b" if many else "left, right"})
             y = Transpose <perm = {[orders[2].index(c) for c in result]}> (product)
         """
-        size = dict(zip(second, shapes.get(node.input[1], ()), strict=False)).get(columns[0]) or 0
-        sizes = {
-            "left_shape": [0] * len(outer) + [-1],
-            "right_shape": [0] * len(batch) + [-1, size],
+        tensors = {
+            "second": node.input[1],
+            "left_shape": [0] * len(outer) + [size],
+            "right_shape": [0] * len(batch) + [size, -1],
         }
-        replace_node(graph, index, text, second=node.input[1], **sizes)
+        replace_node(graph, index, text, **tensors)
 
 
 def rewrite_matmul(graph):
@@ -124,8 +125,8 @@ def rewrite_gelu_tanh(graph):
 def rewrite_hard_sigmoid(graph):
     """HardSigmoid(beta=0.5) -> HardSigmoid(), 0.5 being ONNX's default.
 
-    OpenCV 5.0.0, 4.14 and 4.10 take b * HardSigmoid(a) for HardSwish(a), even if b isn't a, if
-    alpha and beta are both given: MobileNetV3 from PyTorch's new exporter is silently wrong.
+    If alpha and beta are both given, OpenCV 5.0.0, 4.14 and 4.10 fuse b * HardSigmoid(a) to
+    HardSwish(a), even if b isn't a: MobileNetV3 from PyTorch's new exporter is silently wrong.
     """
     for _, node in find_nodes(graph, "HardSigmoid"):
         for beta in [a for a in node.attribute if a.name == "beta" and a.f == 0.5]:
@@ -176,7 +177,7 @@ def rewrite_batch_norm(graph):
     constants = {tensor.name: tensor for tensor in graph.initializer}
     activations = {"Mul", "Sigmoid", "HardSigmoid", "HardSwish", "Elu", "Gelu", "Mish"}
     for index, node in find_nodes(graph, "BatchNormalization"):
-        if not constants.keys() >= {*node.input[1:]}:
+        if not constants.keys() >= {*node.input[1:]} or get_attribute(node, "training_mode"):
             continue
         source = first = producer.get(node.input[0])
         while source is not None and source.op_type in activations:
@@ -271,7 +272,7 @@ def rewrite_average_pool(graph, shapes):
         axes = zip(sizes, kernel, strides, pads[:rank], pads[rank:], strict=True)
         for size, length, stride, before, behind in axes:
             limit = size + behind - length + stride
-            windows = np.arange(-before, min(size, limit), stride)  # each begins in the picture
+            windows = np.arange(-before, min(size, limit), stride)  # none begins behind the picture
             taps = windows[:, None] + np.arange(length)
             inside = ((taps >= -before * padding) & (taps < size + behind * padding)).sum(axis=1)
             factor = np.multiply.outer(factor, length / inside)
@@ -313,9 +314,9 @@ def rewrite_grouped_conv(graph):
 def rewrite_repeated(graph, shapes):
     """(b, 1, H, W) * (b, C, H, W) -> Identity(the former) * the latter; so for (b, C, 1, 1) in Add.
 
-    OpenCV 5.0.0's new engine keeps channels in blocks of 8: that of the one channel is filled up
-    with 7 zeros, and repeated with them (CBAM's spatial attention). Identity takes no blocks. And a
-    convolution that adds its output to another tensor repeats neither (global context).
+    OpenCV 5.0.0's new engine keeps channels in blocks of 8: a single channel is padded with 7
+    zeros, which are repeated with it (CBAM's spatial attention). Identity takes no blocks. And a
+    convolution that is fused with Add repeats neither operand (global context).
     """
     constants = {tensor.name for tensor in graph.initializer}  # which are repeated rightly
     for index, node in find_nodes(graph, *BROADCASTING):

@@ -158,6 +158,14 @@ WRONG = {
         lambda: Net(lambda x, w: torch.einsum("bchw,hwck->bk", x, w.weight.view(8, 9, 20, 5)),
                     nn.Linear(100, 72)), (16, 18), 1, EACH_ENGINE,
     ),
+    "einsum with the batch second": (
+        lambda: Net(lambda x, w: torch.einsum("kchw,bchw->bk", w.weight.view(5, 20, 8, 9), x),
+                    nn.Linear(100, 72)), (16, 18), 1, EACH_ENGINE,
+    ),
+    "a large constant": (
+        lambda: Net(lambda x: (x.flatten(2)[:, :, None] @ torch.linspace(-1, 1, 20 * 64 * 900)
+                               .view(20, 64, 900).cos()).abs().mean(3)), (16, 16), 1, NEW,
+    ),
     "exp and 2": (lambda: Net(lambda x: torch.log(2 + x.exp()).mean(3)), (16, 16), 1, EACH_ENGINE),
     "two exp": (lambda: Net(lambda x: torch.logaddexp(x, -x).mean(3)), (16, 16), 1, EACH_ENGINE),
     "log softmax": (lambda: Net(lambda x: F.log_softmax(60 * x, 1)), (16, 16), 5, EACH_ENGINE),
@@ -278,14 +286,16 @@ def test_folding():
         wide = Unsqueeze(ten, axes) filled = ConstantOfShape(wide) sum = ReduceSum(filled)
         minus = Unsqueeze(batch, axes) rest = Constant <value = int64[2] {3, 64}> ()
         sizes = Concat <axis = 0> (minus, rest) flat = Reshape(x, sizes)
-        many = Cast <to = 1> (batch) product = Mul(flat, many) y = Add(product, sum)
+        many = Cast <to = 1> (batch) product = Mul(flat, many) total = Add(product, sum)
+        couple = Constant <value_int = 2> () pairs = Div(batch, couple)
+        half = Cast <to = 1> (pairs) y = Add(total, half)
     """
     proto = make_proto(nodes, "y", seven=np.int64(7))
     x = np.random.default_rng(0).standard_normal((5, 3, 8, 8), np.float32)
     before = onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x})[0]
     fold_constants(proto)
     kinds = [node.op_type for node in proto.graph.node]
-    assert kinds == ["Shape", "Gather", "Reshape", "Cast", "Mul", "Add"]
+    assert kinds == ["Shape", "Gather", "Reshape", "Cast", "Mul", "Add", "Div", "Cast", "Add"]
     assert np.array_equal(onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x})[0], before)
     assert get_shapes(proto)["product"] == (None, 3, 64)
     assert {t.name for t in proto.graph.initializer} <= {
