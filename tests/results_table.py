@@ -218,7 +218,8 @@ print(min(times))
 """
     command = [sys.executable, "-c", code, str(path), str(ENGINES[engine])]
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's
-    return float(subprocess.run(command, env=env, capture_output=True, text=True).stdout)
+    child = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return float(child.stdout)
 
 
 def make_onnxruntime(path, blob, threads):

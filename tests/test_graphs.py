@@ -217,8 +217,7 @@ SLOW = {
     "grouped 112 -> 240": (lambda: grouped(112, 240, 2, 3), (21, 26), 1, EACH_ENGINE),
 }  # fmt: skip
 # from PyTorch's new exporter, in opset 18 or later: a reduction's axes are an input
-NEW_EXPORTER = ["batch norm without statistics", "batch norm after mish", "tanh gelu"]
-NEW_EXPORTER += ["two exp"]
+NEW_EXPORTER = ["batch norm without statistics", "batch norm after mish", "tanh gelu", "two exp"]
 BOTH_EXPORTERS = ["mean over (0, 2, 3)", "logsumexp", "log softmax", "scaled gelu", "normalize"]
 CASES = [(name, name in NEW_EXPORTER) for name in WRONG | SLOW]
 CASES += [(name, True) for name in BOTH_EXPORTERS]
